@@ -1,0 +1,92 @@
+"""Connecting to Ray or starting it, what it has, and how many actors of what size a job gets."""
+
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import ray
+
+from pipeline.errors import UserError
+
+CONNECT_SECONDS = 5
+
+
+@dataclass(frozen=True)
+class Crew:
+    """How many actors, and the share of the machine each asks Ray for."""
+
+    actors: int
+    cpus: int
+    gpus: int
+
+
+def check_address(address: str | None) -> None:
+    """Before anything is loaded: does anybody listen there?"""
+    if address in (None, "auto", "local"):
+        return
+    host, _, port = address.rpartition(":")
+    if address.startswith("ray://") or not host or not port.isdigit():
+        raise UserError(f"--address is {address!r}; allowed is HOST:PORT of a Ray head, or auto. To run from outside a cluster, use ray job submit.")
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError as error:
+        raise UserError(f"--address {address} cannot be reached: {error}.") from None
+
+
+@contextlib.contextmanager
+def connected(address: str | None, verbose: bool) -> Iterator[None]:
+    """Use the cluster at `address` (or the one this driver was submitted to), or else start Ray on this machine for as
+    long as this lasts."""
+    check_address(address)
+    address = address or os.environ.get("RAY_ADDRESS")
+    # A worker without GPUs must not see all of them.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    quiet = dict(logging_level=logging.WARNING if verbose else logging.ERROR, log_to_driver=verbose)
+    try:
+        if address:
+            ray.init(address=address, runtime_env=_code_for(address), **quiet)
+        else:
+            ray.init(address="local", num_cpus=len(os.sched_getaffinity(0)), include_dashboard=False, **quiet)
+    except (ConnectionError, RuntimeError, TimeoutError) as error:
+        raise UserError(f"--address {address} could not be joined: {' '.join(str(error).split())[:300]}") from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _code_for(address: str) -> dict | None:
+    """Another machine's workers need this project's code; a submitted job has brought it already."""
+    if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        return None
+    import actors
+    import pipeline
+
+    return {"py_modules": [actors, pipeline]}
+
+
+def size_crew(requested: int | None) -> Crew:
+    """An actor for each GPU; without GPUs one for each node. CPUs are shared out evenly. Raises UserError for more actors
+    than there are resources for, naming both."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus = int(sum(node.get("CPU", 0) for node in nodes))
+    gpus = int(sum(node.get("GPU", 0) for node in nodes))
+    if gpus:
+        actors = requested or gpus
+        if actors > gpus:
+            raise UserError(f"--actors is {actors}, but Ray has {gpus} GPUs; allowed is 1 to {gpus}.")
+        return Crew(actors, max(1, cpus // actors // 2), 1)
+    actors = requested or len([node for node in nodes if node.get("CPU", 0) >= 1])
+    if actors > cpus:
+        raise UserError(f"--actors is {actors}, but Ray has {cpus} CPUs and no GPU; allowed is 1 to {cpus}.")
+    smallest = int(min(node["CPU"] for node in nodes if node.get("CPU", 0) >= 1))
+    return Crew(actors, max(1, min(smallest, cpus // actors)), 0)
+
+
+def deal(items: list, shares: int) -> list[list]:
+    """Consecutive, nearly equal shares."""
+    return [items[len(items) * share // shares:len(items) * (share + 1) // shares] for share in range(shares)]

@@ -1,0 +1,201 @@
+"""The driver's loop: what is left on disk decides what runs next.
+
+An actor that dies takes its activations with it; the crew is made anew and replays the finished blocks from disk, just as
+a restarted driver does. There is one way to go on, whatever was killed.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import ray
+from ray.exceptions import RayActorError
+from torch import Tensor
+
+from actors.cluster import Crew, deal
+from actors.layer_shard import LayerShard, Task
+from actors.progress import Reporter
+from pipeline.assembly import Assembly
+from pipeline.checkpoint import RunDirectory
+from pipeline.config import Job
+from pipeline.errors import UserError
+from pipeline.expansion import RouterGroups
+from pipeline.perplexity import Perplexity
+from pipeline.windows import Windows
+
+LOSSES_WITHOUT_PROGRESS = 3  # crews lost in a row before the job stops
+
+
+@dataclass
+class Conductor:
+    """Runs a job's stages over a crew of actors. `seconds` adds up by stage."""
+
+    crew: Crew
+    dtype: str
+    run: Path | None
+    reporter: Reporter
+    verbose: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self):
+        self.actors: list = []
+
+    # The crew
+
+    def start(self) -> None:
+        with self._timed("start"):
+            self.stop()
+            options = dict(num_cpus=self.crew.cpus, num_gpus=self.crew.gpus, max_restarts=0)
+            self.actors = [LayerShard.options(**options).remote(rank, self.crew.cpus, self.dtype, self.run, self.verbose)
+                           for rank in range(self.crew.actors)]
+            self.devices = [name for name, _, _ in ray.get([actor.where.remote() for actor in self.actors])]
+
+    def stop(self) -> None:
+        for actor in self.actors:
+            ray.kill(actor)
+        self.actors = []
+
+    def restarting(self, work: Callable[[], object], progress: Callable[[], object] = lambda: None):
+        """Do `work`; if an actor dies, make the crew anew and do it again. Gives up when several crews in a row die
+        without `progress()` changing."""
+        lost, before = 0, progress()
+        while True:
+            try:
+                return work()
+            except RayActorError as error:
+                now = progress()
+                lost = 1 if now != before else lost + 1
+                before = now
+                if lost >= LOSSES_WITHOUT_PROGRESS:
+                    raise UserError(f"{lost} crews of actors died one after the other at the same place (the last: {' '.join(str(error).split())[:300]}); "
+                                    "what is finished stays, and the same command goes on.") from None
+                self.reporter.note(f"An actor died; starting {self.crew.actors} anew and going on from what is on disk.")
+                self.start()
+
+    def _timed(self, stage: str) -> "_Timer":
+        return _Timer(self.seconds, stage)
+
+    def sample(self, directory: Path, count: int, length: int, seed: int) -> Tensor:
+        with self._timed("sample"):
+            self.reporter.stage("sample windows", f"{count} of {length} tokens")
+            return self.restarting(lambda: ray.get(self.actors[0].sample.remote(directory, count, length, seed)))
+
+    # Expansion
+
+    def expand(self, job: Job, directory: Path, groups: RouterGroups, windows: Windows, run: RunDirectory, num_blocks: int) -> None:
+        """Make every missing layer, in order."""
+        self.restarting(lambda: self._expand_missing(job, directory, groups, windows, run, num_blocks),
+                        lambda: len(run.missing_layers(num_blocks)))
+
+    def _expand_missing(self, job: Job, directory: Path, groups: RouterGroups, windows: Windows, run: RunDirectory, num_blocks: int) -> None:
+        missing = run.missing_layers(num_blocks)
+        if not missing:
+            return
+        numbered = list(enumerate(windows.groups()))
+        starts, position = {}, 0
+        for number, ids_WL in numbered:
+            starts[number] = (position, position + ids_WL.numel())
+            position += ids_WL.numel()
+        shares = deal(numbered, len(self.actors))
+        with self._timed("embed"):
+            ray.get([actor.begin.remote(job, directory, groups, dict(share)) for actor, share in zip(self.actors, shares)])
+        owners = [actor for actor, blocks in zip(self.actors, deal(range(num_blocks), len(self.actors))) for _ in blocks]
+        for index in range(missing[-1] + 1):
+            weights = owners[index].publish.remote(index)
+            if index in missing:
+                self._expand_block(index, num_blocks, weights, owners[index], job, groups, run)
+            else:
+                with self._timed("replay"):
+                    self.reporter.stage("replay", f"layer {index + 1} of {num_blocks}")
+                    ray.get([actor.replay.remote(index, weights, starts) for actor in self.actors])
+
+    def _expand_block(self, index: int, num_blocks: int, weights: ray.ObjectRef, owner, job: Job, groups: RouterGroups, run: RunDirectory) -> None:
+        layer = f"layer {index + 1} of {num_blocks}"
+        seconds: dict[str, float] = {}
+
+        def stage(name: str) -> _Timer:
+            self.reporter.stage(name, layer)
+            return _Timer(self.seconds, name, seconds)
+
+        with stage("capture"):
+            ray.get([actor.capture.remote(index, weights) for actor in self.actors])
+        with stage("cluster"):
+            fits = [self._fit(router, self.actors[(index + router) % len(self.actors)]) for router in range(len(groups))]
+            fitted = ray.get(fits)
+            self.reporter.advance(0.3)
+        with stage("solve"):
+            tasks, solvers = self._assign(fitted)
+            reports = ray.get([self._solve(fits[task.router], task, solver) for task, solver in zip(tasks, solvers)])
+            self.reporter.advance(0.6)
+        with stage("write"):
+            # Only what another actor solved moves; on one actor nothing does.
+            finished = [solver.experts.remote(task) if len(self.actors) > 1 else None for task, solver in zip(tasks, solvers)]
+            everywhere = ray.put(fitted)
+
+            def from_others(actor) -> list[ray.ObjectRef]:
+                return [experts for experts, solver in zip(finished, solvers) if solver != actor]
+
+            digest = ray.get(owner.write.remote(index, everywhere, tasks, *from_others(owner)))
+        with stage("propagate"):
+            ray.get([actor.propagate.remote(index, everywhere, tasks, *from_others(actor)) for actor in self.actors])
+        for key in seconds:
+            run.add_seconds(key, seconds[key])
+        run.record_layer(index, digest, seconds, sorted(sum(reports, []), key=lambda report: (report["router"], report["expert"])))
+        self.reporter.advance(0.1)
+
+    def _fit(self, router: int, fitter) -> ray.ObjectRef:
+        elsewhere = [actor.tokens.remote(router) for actor in self.actors if actor != fitter]
+        return fitter.fit.remote(router, *elsewhere)
+
+    def _assign(self, fitted: list[dict]) -> tuple[list[Task], list]:
+        """Deal every router's experts to the actors, large clusters and small ones alike, and so that each actor solves a
+        router's experts together."""
+        tasks, solvers = [], []
+        for router, fit in enumerate(fitted):
+            by_size = sorted(range(len(fit["counts"])), key=lambda expert: -fit["counts"][expert])
+            for rank, actor in enumerate(self.actors):
+                experts = sorted(by_size[rank::len(self.actors)])
+                if experts:
+                    tasks.append(Task(router, experts))
+                    solvers.append(actor)
+        return tasks, solvers
+
+    def _solve(self, fit: ray.ObjectRef, task: Task, solver) -> ray.ObjectRef:
+        elsewhere = [actor.tokens_of.remote(fit, task) for actor in self.actors if actor != solver]
+        return solver.solve.remote(fit, task, *elsewhere)
+
+    # The rest
+
+    def assemble(self, assembly: Assembly, target: Path) -> dict[str, str]:
+        with self._timed("assemble"):
+            self.reporter.stage("assemble")
+            return self.restarting(lambda: ray.get(self.actors[0].assemble.remote(assembly, target)))
+
+    def evaluate(self, what: str, directory: Path, windows: Windows, num_blocks: int) -> Perplexity:
+        with self._timed(f"evaluate {what}"):
+            losses = self.restarting(lambda: self._evaluate(what, directory, windows, num_blocks))
+        return Perplexity.of(losses, windows.source, windows.length, self.dtype)
+
+    def _evaluate(self, what: str, directory: Path, windows: Windows, num_blocks: int) -> list[float]:
+        shares = deal(list(enumerate(windows.groups())), len(self.actors))
+        ray.get([actor.begin_evaluation.remote(directory, dict(share)) for actor, share in zip(self.actors, shares)])
+        for index in range(num_blocks):
+            self.reporter.stage(f"evaluate {what}", f"layer {index + 1} of {num_blocks}")
+            ray.get([actor.evaluate_block.remote(index) for actor in self.actors])
+            self.reporter.advance(0.1)
+        by_group = {number: losses for part in ray.get([actor.finish_evaluation.remote() for actor in self.actors]) for number, losses in part.items()}
+        return [loss for number in sorted(by_group) for loss in by_group[number]]
+
+
+class _Timer:
+    def __init__(self, *totals: dict[str, float] | str):
+        self._stage = next(total for total in totals if isinstance(total, str))
+        self._totals = [total for total in totals if isinstance(total, dict)]
+
+    def __enter__(self) -> None:
+        self._start = time.monotonic()
+
+    def __exit__(self, *_) -> None:
+        for total in self._totals:
+            total[self._stage] = total.get(self._stage, 0.0) + time.monotonic() - self._start

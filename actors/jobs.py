@@ -1,0 +1,194 @@
+"""Whole jobs, from options to result: what the commands of the CLI call."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from actors.cluster import Crew, check_address, connected, size_crew
+from actors.conductor import Conductor
+from actors.progress import Bar
+from pipeline import preflight, statistics
+from pipeline.architectures import architecture_of
+from pipeline.assembly import Assembly
+from pipeline.card import write_card
+from pipeline.checkpoint import RunDirectory, check_writable
+from pipeline.config import Job, digest
+from pipeline.errors import UserError
+from pipeline.files import replacing
+from pipeline.perplexity import Perplexity
+from pipeline.preflight import Source
+from pipeline.windows import Request, Windows, read_windows
+
+
+def run(job: Job) -> dict:
+    """Expand, save and evaluate a model. Returns what `--json` prints. Raises UserError for what the user can put right."""
+    started = time.monotonic()
+    check_writable(job.run_directory)
+    check_address(job.address)
+    source = preflight.find_model(job.model, job.model_size, job.revision, job.cache_dir)
+    groups = preflight.check_shapes(job, source)
+    reading = time.monotonic()
+    calibration = _read(preflight.calibration_request(job, source), source)
+    length = calibration.length if isinstance(calibration, Windows) else calibration.length
+    request = preflight.evaluation_request(job, source, length)
+    evaluation = request and _read(request, source)
+    for windows, option in ((calibration, "--dataset"), (evaluation, "--eval-dataset")):
+        if isinstance(windows, Windows):
+            preflight.check_windows(windows.length, source, option)
+    preflight.check_clusters(job, calibration.count * calibration.length)
+    reading = time.monotonic() - reading
+    with connected(job.address, job.verbose), RunDirectory(job.run_directory) as directory:
+        crew = size_crew(job.actors)
+        dtype = _dtype_name(job.torch_dtype(source.checkpoint_dtype, "cuda" if crew.gpus else "cpu"))
+        bar = Bar(source.num_blocks * (1.0 + 0.1 * ((evaluation is not None) * (2 - job.no_dense))), job.verbose)
+        conductor = Conductor(crew, dtype, directory.path, bar, job.verbose, {"windows": reading})
+        try:
+            bar.stage("start", f"{crew.actors} actor{'s' if crew.actors > 1 else ''} of {'a GPU' if crew.gpus else f'{crew.cpus} CPUs'}")
+            conductor.start()
+            return _Run(job, source, groups, directory, conductor, bar).finish(calibration, evaluation, started)
+        finally:
+            conductor.stop()
+            bar.close()
+
+
+@dataclass
+class _Run:
+    job: Job
+    source: Source
+    groups: tuple[tuple[str, ...], ...]
+    directory: RunDirectory
+    conductor: Conductor
+    bar: Bar
+
+    def finish(self, calibration: Windows | Request, evaluation: Windows | Request | None, started: float) -> dict:
+        job, source, run, conductor = self.job, self.source, self.directory, self.conductor
+        calibration = self._sampled(calibration, "calibration")
+        evaluation = evaluation and self._sampled(evaluation, "evaluation")
+        identity = {"model": source.fingerprint[:16], "calibration": calibration.digest()[:16], "dtype": conductor.dtype} | job.recipe()
+        for warning in run.open_job(identity, job.resume):
+            self.bar.note(warning)
+        self._save_windows(calibration, evaluation)
+        with replacing(run.path / "config.yaml") as temporary:
+            temporary.write_text(job.to_yaml())
+        done = source.num_blocks - len(run.missing_layers(source.num_blocks))
+        self.bar.advance(done)
+        conductor.expand(job, source.directory, self.groups, calibration, run, source.num_blocks)
+        layers = run.manifest["layers"]
+        statistics.write_expert_table(layers, run.path / "stats" / "experts.parquet")
+        if "model" not in run.manifest:
+            run.manifest["model"] = conductor.assemble(self._assembly(), run.model)
+            run.save()
+        # The shards' hashes name the expanded model: an evaluation is reused only for the very same experts.
+        made = digest({index: layer["sha256"] for index, layer in layers.items()})
+        expanded = evaluation and self._evaluated("expanded", made, run.model, evaluation)
+        dense = None if job.no_dense or not evaluation else self._evaluated("dense", source.fingerprint, source.directory, evaluation)
+        for stage in ("sample", "assemble", "evaluate expanded", "evaluate dense", "start", "embed", "replay", "windows"):
+            run.add_seconds(stage, conductor.seconds.get(stage, 0.0))
+        run.manifest["finished"] = True
+        run.manifest["warnings"] = statistics.warnings_of(layers)
+        run.save()
+        result = self._result(calibration, expanded, dense, done) | {"seconds": round(time.monotonic() - started, 3)}
+        write_card(run.model, Path(source.name).name, source.described(), result)
+        return result
+
+    def _sampled(self, windows: Windows | Request, kind: str) -> Windows:
+        """Sample from the model what could not be read, unless this directory holds it already."""
+        if isinstance(windows, Windows):
+            return windows
+        source = f"self: sampled from the model, seed {windows.seed} (model {self.source.fingerprint[:12]}, {self.conductor.dtype})"
+        path = self.directory.windows / f"{kind}.safetensors"
+        if path.is_file():
+            stored = Windows.load(path)
+            if stored.source == source and (stored.count, stored.length) == (windows.count, windows.length):
+                return stored
+        return Windows(self.conductor.sample(self.source.directory, windows.count, windows.length, windows.seed), source)
+
+    def _save_windows(self, calibration: Windows, evaluation: Windows | None) -> None:
+        self.directory.windows.mkdir(exist_ok=True)
+        for kind, windows in (("calibration", calibration), ("evaluation", evaluation)):
+            if windows is not None:
+                with replacing(self.directory.windows / f"{kind}.safetensors") as temporary:
+                    windows.save(temporary)
+
+    def _assembly(self) -> Assembly:
+        blocks = architecture_of(self.source.config.model_type, self.source.name).blocks
+        recipe = {"dense_model": self.source.described(), **self.job.recipe()}
+        return Assembly(self.source.directory, self.directory.path, self.job.num_clusters, self.groups, blocks,
+                        self.job.torch_dtype(self.source.checkpoint_dtype, "cuda" if self.conductor.crew.gpus else "cpu"), recipe)
+
+    def _evaluated(self, what: str, which: str, directory: Path, windows: Windows) -> Perplexity:
+        key = digest({"what": what, "which": which, "windows": windows.digest(), "dtype": self.conductor.dtype})
+        stored = self.directory.manifest["evaluations"].get(key)
+        if stored is None:
+            measured = self.conductor.evaluate(what, directory, windows, self.source.num_blocks)
+            stored = self.directory.manifest["evaluations"][key] = {"what": what, **measured.as_dict()}
+            self.directory.save()
+        return Perplexity(**{name: value for name, value in stored.items() if name != "what"})
+
+    def _result(self, calibration: Windows, expanded: Perplexity | None, dense: Perplexity | None, resumed: int) -> dict:
+        run = self.directory
+        reports = [report for layer in run.manifest["layers"].values() for report in layer["experts"]]
+        shares = [share for report in reports for share in report["sparsity"].values()]
+        return {
+            "perplexity": expanded and expanded.perplexity, "dense_perplexity": dense and dense.perplexity,
+            "windows": expanded and expanded.windows, "window_length": expanded and expanded.window_length,
+            "measured_on": expanded and expanded.described(),
+            "calibrated_on": f"{calibration.source}, {calibration.count} windows of {calibration.length} tokens",
+            "model": self.source.described(), "sparsity": self.job.sparsity, "num_clusters": self.job.num_clusters,
+            "measured_sparsity": sum(shares) / len(shares), "recipe": self.job.recipe(), "dtype": self.conductor.dtype,
+            "model_dir": str(run.model), "run_dir": str(run.path),
+            "model_bytes": sum(file.stat().st_size for file in run.model.glob("*.safetensors")),
+            "dense_bytes": sum(file.stat().st_size for file in self.source.directory.glob("*.safetensors")),
+            "layers_resumed": resumed, "actors": self.conductor.crew.actors, "devices": self.conductor.devices,
+            "warnings": run.manifest["warnings"],
+            "seconds_by_stage": {stage: round(seconds, 3) for stage, seconds in self.conductor.seconds.items()},
+        }
+
+
+def evaluate(model: str, model_size: str | None, revision: str | None, cache_dir: str | None, dataset: str, size: int | None,
+             length: int | None, seed: int, dtype: str, actors: int | None, address: str | None, verbose: bool) -> dict:
+    """Perplexity of a dense or a saved model, block by block from its files. Returns what `--json` prints."""
+    started = time.monotonic()
+    job = Job(model=model, dataset=dataset, eval_dataset=dataset, eval_size=size, seq_len=length, seed=seed, dtype=dtype)
+    check_address(address)
+    source = preflight.find_model(model, model_size, revision, cache_dir)
+    if dataset == "none":
+        raise UserError("--eval-dataset is none, but there is nothing else to do; give a data set.")
+    default = preflight.window_length(length, source, [dataset])
+    request = preflight.evaluation_request(job, source, default or source.context)
+    windows = _read(request, source)
+    if isinstance(windows, Windows):
+        preflight.check_windows(windows.length, source, "--eval-dataset")
+    with connected(address, verbose):
+        crew = size_crew(actors)
+        name = _dtype_name(job.torch_dtype(source.checkpoint_dtype, "cuda" if crew.gpus else "cpu"))
+        bar = Bar(source.num_blocks * 0.1, verbose)
+        conductor = Conductor(crew, name, None, bar, verbose)
+        try:
+            bar.stage("start")
+            conductor.start()
+            if isinstance(windows, Request):
+                text = f"self: sampled from the model, seed {windows.seed} (model {source.fingerprint[:12]}, {name})"
+                windows = Windows(conductor.sample(source.directory, windows.count, windows.length, windows.seed), text)
+            measured = conductor.evaluate("expanded" if source.is_expanded else "dense", source.directory, windows, source.num_blocks)
+        finally:
+            conductor.stop()
+            bar.close()
+    return {
+        "perplexity": measured.perplexity, "dense_perplexity": None if source.is_expanded else measured.perplexity,
+        "windows": measured.windows, "window_length": measured.window_length, "measured_on": measured.described(),
+        "model": source.described(), "dtype": name, "model_dir": str(source.directory), "devices": conductor.devices,
+        "seconds_by_stage": {stage: round(seconds, 3) for stage, seconds in conductor.seconds.items()},
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+def _read(request: Request, source: Source) -> Windows | Request:
+    """The windows, or the request itself where only the model can make them."""
+    if request.name == "self":
+        return request
+    return read_windows(request, source.tokenizer, source.text_config.vocab_size)
+
+
+def _dtype_name(dtype) -> str:
+    return str(dtype).removeprefix("torch.")

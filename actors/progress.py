@@ -1,0 +1,60 @@
+"""One bar, drawn by the driver: stage, layer, time left. In a file or a pipe, a line whenever the stage changes."""
+
+import sys
+import time
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class Reporter(Protocol):
+    def stage(self, name: str, detail: str = "") -> None: ...
+    def advance(self, steps: float = 1.0) -> None: ...
+    def note(self, line: str) -> None: ...
+
+
+class Bar:
+    """Progress on standard error. `total` counts steps of about equal cost, so that the time left is honest."""
+
+    def __init__(self, total: float, verbose: bool, done: float = 0.0):
+        self._console = Console(stderr=True)
+        self._live = self._console.is_terminal and not verbose
+        self._total, self._done, self._started_at, self._start = total, done, done, time.monotonic()
+        self._label = ""
+        if self._live:
+            columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn(),
+                       TextColumn("left"), TimeRemainingColumn()]
+            self._bar = Progress(*columns, console=self._console, transient=True)
+            self._task = self._bar.add_task("starting", total=total, completed=done)
+            self._bar.start()
+
+    def stage(self, name: str, detail: str = "") -> None:
+        label = f"{name} {detail}".strip()
+        if self._live:
+            self._bar.update(self._task, description=label)
+        elif label != self._label:
+            print(f"[{time.strftime('%H:%M:%S')}] {label}{self._left()}", file=sys.stderr, flush=True)
+        self._label = label
+
+    def advance(self, steps: float = 1.0) -> None:
+        self._done += steps
+        if self._live:
+            self._bar.update(self._task, completed=self._done)
+
+    def note(self, line: str) -> None:
+        if self._live:
+            self._console.print(line)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._live:
+            self._bar.stop()
+
+    def _left(self) -> str:
+        gone = self._done - self._started_at
+        if gone <= 0:
+            return ""
+        seconds = (time.monotonic() - self._start) / gone * (self._total - self._done)
+        return f" ({self._done / self._total:.0%}, about {max(0, seconds):.0f} s left)"

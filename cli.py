@@ -1,0 +1,136 @@
+"""The command line: parse, call, print. Nothing else.
+
+    sparse-expansion demo
+    sparse-expansion run --model pythia --model-size 70m --sparsity 0.5 --num-clusters 16
+"""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+
+from pipeline.config import Job, make_job
+from pipeline.errors import UserError
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_show_locals=False,
+                  help="Turn a Hugging Face causal LM into a mixture of sparse experts.")
+
+MODEL, SPARSITY, EXPERTS, DATA, WHERE = "Model", "Sparsity and bits", "Experts", "Data and evaluation", "Where and how it runs"
+
+
+def _option(name: str, panel: str, flag: str | None = None) -> Any:
+    """An option of the job with the job's own line of doc; unset means the configuration file's value or the job's own."""
+    field = Job.model_fields[name]
+    shown = "" if field.default is None or field.is_required() or isinstance(field.default, bool) else f" \\[default: {field.default}]"
+    return typer.Option(flag or "--" + name.replace("_", "-"), help=field.description + shown, rich_help_panel=panel, show_default=False)
+
+
+Model = Annotated[str | None, _option("model", MODEL)]
+ModelSize = Annotated[str | None, _option("model_size", MODEL)]
+Revision = Annotated[str | None, _option("revision", MODEL)]
+CacheDir = Annotated[str | None, _option("cache_dir", MODEL)]
+Dtype = Annotated[str | None, _option("dtype", MODEL)]
+Sparsity = Annotated[str | None, _option("sparsity", SPARSITY)]
+Quantize = Annotated[bool | None, _option("quantize", SPARSITY, "--quantize/--no-quantize")]
+Bits = Annotated[int | None, _option("bits", SPARSITY)]
+GroupSize = Annotated[int | None, _option("group_size", SPARSITY)]
+Symmetric = Annotated[bool | None, _option("symmetric", SPARSITY, "--symmetric/--asymmetric")]
+Mse = Annotated[bool | None, _option("mse", SPARSITY, "--mse/--no-mse")]
+NumClusters = Annotated[int | None, _option("num_clusters", EXPERTS)]
+PcaFactor = Annotated[int | None, _option("pca_reduction_factor", EXPERTS)]
+NoPca = Annotated[bool | None, _option("no_pca", EXPERTS, "--no-pca/--pca")]
+Restarts = Annotated[int | None, _option("kmeans_restarts", EXPERTS)]
+Dataset = Annotated[str | None, _option("dataset", DATA)]
+DatasetSize = Annotated[int | None, _option("dataset_size", DATA)]
+SeqLen = Annotated[int | None, _option("seq_len", DATA)]
+EvalDataset = Annotated[str | None, _option("eval_dataset", DATA)]
+EvalSize = Annotated[int | None, _option("eval_size", DATA)]
+NoDense = Annotated[bool | None, _option("no_dense", DATA, "--no-dense/--dense")]
+Seed = Annotated[int | None, _option("seed", DATA)]
+OutputDir = Annotated[str | None, _option("output_dir", WHERE)]
+Resume = Annotated[str | None, _option("resume", WHERE)]
+Actors = Annotated[int | None, _option("actors", WHERE)]
+Address = Annotated[str | None, _option("address", WHERE)]
+Verbose = Annotated[bool | None, _option("verbose", WHERE, "--verbose/--quiet")]
+Config = Annotated[str | None, typer.Option(help="YAML of options; the command line wins.", rich_help_panel=WHERE)]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.", rich_help_panel=WHERE)]
+
+
+@contextlib.contextmanager
+def _user_errors() -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        print("Stopped; what is finished stays, and the same command goes on.", file=sys.stderr)
+        raise typer.Exit(130) from None
+
+
+def _print(text: str, result: dict, as_json: bool) -> None:
+    print(text)
+    if as_json:
+        print(json.dumps(result), flush=True)
+
+
+@app.command()
+def run(model: Model = None, model_size: ModelSize = None, revision: Revision = None, cache_dir: CacheDir = None, dtype: Dtype = None,
+        sparsity: Sparsity = None, quantize: Quantize = None, bits: Bits = None, group_size: GroupSize = None, symmetric: Symmetric = None,
+        mse: Mse = None, num_clusters: NumClusters = None, pca_reduction_factor: PcaFactor = None, no_pca: NoPca = None,
+        kmeans_restarts: Restarts = None, dataset: Dataset = None, dataset_size: DatasetSize = None, seq_len: SeqLen = None,
+        eval_dataset: EvalDataset = None, eval_size: EvalSize = None, no_dense: NoDense = None, seed: Seed = None,
+        output_dir: OutputDir = None, resume: Resume = None, actors: Actors = None, address: Address = None, verbose: Verbose = None,
+        config: Config = None, json: Json = False) -> None:
+    """Expand a model, save it, and measure its perplexity. Run again after a kill, it goes on."""
+    options = {name: value for name, value in locals().items() if name in Job.model_fields}
+    with _user_errors():
+        job = make_job(options, config)
+        from actors import jobs  # ray and torch take seconds to load: not for a mistyped option
+        from pipeline.summary import describe_run
+
+        result = jobs.run(job)
+        _print(describe_run(result), result, json)
+
+
+@app.command()
+def demo(output_dir: OutputDir = None, actors: Actors = None, verbose: Verbose = None, json: Json = False) -> None:
+    """The whole job on an embedded model, with windows sampled from itself: no network, no text, a minute or two."""
+    with _user_errors():
+        from actors.demo import run_demo
+        from pipeline.summary import describe_demo
+
+        result = run_demo(output_dir, actors, bool(verbose))
+        _print(describe_demo(result), result, json)
+
+
+@app.command(name="eval")
+def evaluate(model: Model = None, model_size: ModelSize = None, revision: Revision = None, cache_dir: CacheDir = None, dtype: Dtype = None,
+             eval_dataset: EvalDataset = None, eval_size: EvalSize = None, seq_len: SeqLen = None, seed: Seed = None,
+             actors: Actors = None, address: Address = None, verbose: Verbose = None, json: Json = False) -> None:
+    """Perplexity of a dense or a saved model, block by block from its files."""
+    options = {name: value for name, value in locals().items() if name in Job.model_fields}
+    with _user_errors():
+        job = make_job(options)
+        from actors import jobs
+        from pipeline.summary import describe_evaluation
+
+        result = jobs.evaluate(job)
+        _print(describe_evaluation(result), result, json)
+
+
+@app.command()
+def status(directory: Annotated[str, typer.Argument(help="A run directory.")], json: Json = False) -> None:
+    """What a run directory holds: done, left, time, warnings."""
+    with _user_errors():
+        from pipeline.summary import describe_status, read_status
+
+        result = read_status(directory)
+        _print(describe_status(result), result, json)
+
+
+if __name__ == "__main__":
+    app()

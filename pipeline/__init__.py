@@ -1,0 +1,1 @@
+"""What is computed: tensors and files. Nothing here imports ray."""

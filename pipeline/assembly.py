@@ -1,0 +1,80 @@
+"""Shards and the dense checkpoint -> a directory that plain transformers loads."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from pipeline import modeling_sparse_expansion
+from pipeline.blocks import BlockwiseModel
+from pipeline.checkpoint import layer_path, read_shard
+from pipeline.files import MARK, sha256
+from pipeline.modeling_sparse_expansion import SparseExpansionConfig
+
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "chat_template*")
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """What to assemble: `source` is the dense model's directory, `run` the run directory, `recipe` goes into config.json."""
+
+    source: Path
+    run: Path
+    num_experts: int
+    router_groups: tuple[tuple[str, ...], ...]
+    blocks: str
+    dtype: torch.dtype
+    recipe: dict
+
+
+def assemble(assembly: Assembly, target: Path) -> dict[str, str]:
+    """Write the saved model into `target`, which appears whole or not at all; returns SHA-256 by file name.
+
+    One file a layer and one for the rest, so that no more than a layer is in memory. Weights are stored as they are,
+    zeros included.
+    """
+    model = BlockwiseModel(assembly.source, assembly.dtype, torch.device("cpu"))
+    temporary = target.with_name(f"{target.name}{MARK}new")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    files = model.num_blocks + 1
+    weight_map: dict[str, str] = {}
+    total = 0
+
+    def write(number: int, tensors: dict[str, torch.Tensor]) -> None:
+        nonlocal total
+        name = f"model-{number:05d}-of-{files:05d}.safetensors"
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary / name, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, name))
+        total += sum(tensor.nbytes for tensor in tensors.values())
+
+    def cast(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(assembly.dtype) if tensor.is_floating_point() else tensor
+
+    write(1, {f"model.{name}": cast(tensor) for name, tensor in model.shell_weights().items()})
+    expanded = {f"{path}.weight" for group in assembly.router_groups for path in group}
+    for index in range(model.num_blocks):
+        dense = {name: cast(tensor) for name, tensor in model.block_weights(index).items() if name not in expanded}
+        tensors, _ = read_shard(layer_path(assembly.run, index))
+        prefix = f"model.{assembly.blocks}.{index}."
+        write(index + 2, {prefix + name: tensor for name, tensor in (dense | tensors).items()})
+
+    index_file = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (temporary / "model.safetensors.index.json").write_text(json.dumps(index_file, indent=1) + "\n")
+    config = SparseExpansionConfig(
+        model.config.to_dict(), assembly.num_experts, assembly.blocks, assembly.router_groups, assembly.recipe,
+        architectures=["SparseExpansionForCausalLM"], dtype=str(assembly.dtype).removeprefix("torch."),
+        auto_map={"AutoConfig": "modeling_sparse_expansion.SparseExpansionConfig",
+                  "AutoModelForCausalLM": "modeling_sparse_expansion.SparseExpansionForCausalLM"})
+    (temporary / "config.json").write_text(config.to_json_string(use_diff=False))
+    shutil.copy(modeling_sparse_expansion.__file__, temporary / "modeling_sparse_expansion.py")
+    for pattern in (*TOKENIZER_FILES, "generation_config.json"):
+        for file in sorted(assembly.source.glob(pattern)):
+            shutil.copy(file, temporary / file.name)
+    hashes = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
+    shutil.rmtree(target, ignore_errors=True)
+    temporary.rename(target)
+    return hashes

@@ -1,0 +1,171 @@
+"""The run directory: one shard a layer, the manifest, resume. Files on disk are the truth.
+
+    config.yaml        the resolved job
+    manifest.json      format, identity of the job, shards with their hashes and reports, evaluations, seconds
+    windows/           the token windows, so that a resumed job sees the same ones
+    layers/            layer_000.safetensors ...
+    stats/             experts.parquet
+    model/             the assembled model
+
+A shard holds, by their names in the block, the experts' weights (E, R, C) and the routers' tensors, and as `labels.G` the
+expert of every calibration token (N) for router G: with them a resumed job replays the finished blocks instead of keeping
+activations on disk.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from pipeline.errors import UserError
+from pipeline.files import remove_leftovers, replacing, sha256, write_json
+
+FORMAT = 1
+
+
+def write_shard(path: Path, tensors: dict[str, Tensor]) -> str:
+    """Write a layer's tensors; returns the file's SHA-256. The same tensors give the same bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        save_file({name: tensors[name].cpu().contiguous() for name in sorted(tensors)}, temporary, metadata={"format": str(FORMAT)})
+        digest = sha256(temporary)
+    return digest
+
+
+def read_shard(path: Path) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """The tensors that go into the model, and the labels of each router."""
+    tensors = load_file(path)
+    labels = [tensors.pop(name) for name in sorted(name for name in tensors if name.startswith("labels."))]
+    return tensors, labels
+
+
+def labels_dtype(num_clusters: int) -> torch.dtype:
+    return torch.uint8 if num_clusters <= 256 else torch.int32
+
+
+def layer_path(directory: Path, index: int) -> Path:
+    return directory / "layers" / f"layer_{index:03d}.safetensors"
+
+
+class RunDirectory:
+    """One job's directory, locked against a second driver while it is open."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            self._lock = open(path / ".lock", "w")
+        except OSError as error:
+            raise UserError(f"--output-dir {path} cannot be written: {error.strerror}.") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.close()
+            raise UserError(f"--output-dir {path} is in use by another process; wait for it or give another directory.") from None
+        self.manifest: dict[str, Any] = {}
+
+    def close(self) -> None:
+        self._lock.close()
+
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    @property
+    def windows(self) -> Path:
+        return self.path / "windows"
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    def layer(self, index: int) -> Path:
+        return layer_path(self.path, index)
+
+    def open_job(self, identity: dict[str, Any], resume: str) -> list[str]:
+        """Bind the directory to a job. Returns warnings (damaged shards, which are forgotten and will be made again).
+
+        Raises UserError if it holds another job, naming the fields that differ, or if `resume` is "require" and it
+        holds none.
+        """
+        stored = read_manifest(self.path)
+        if stored is None and resume == "require":
+            raise UserError(f"--resume is require, but --output-dir {self.path} holds no job to go on with; allowed there is auto or never.")
+        if stored is not None:
+            self._refuse_other(stored["identity"], identity)
+        remove_leftovers(self.path)
+        if stored is None or resume == "never":
+            for made in ("layers", "model", "stats"):
+                shutil.rmtree(self.path / made, ignore_errors=True)
+            stored = {"format": FORMAT, "identity": identity, "layers": {}, "evaluations": {}, "seconds": {}, "warnings": []}
+        self.manifest = stored
+        warnings = self._forget_damaged()
+        self.save()
+        return warnings
+
+    def _refuse_other(self, there: dict, here: dict) -> None:
+        differing = [f"{name} ({there.get(name, 'absent')} there, {here.get(name, 'absent')} here)"
+                     for name in dict.fromkeys([*here, *there]) if there.get(name) != here.get(name)]
+        if differing:
+            raise UserError(f"--output-dir {self.path} holds another job: it differs in {', '.join(differing)}; give another directory.")
+
+    def _forget_damaged(self) -> list[str]:
+        warnings = []
+        for index, entry in sorted(self.manifest["layers"].items(), key=lambda item: int(item[0])):
+            path = self.layer(int(index))
+            if not path.is_file() or sha256(path) != entry["sha256"]:
+                warnings.append(f"{path} is {'damaged' if path.is_file() else 'missing'}; layer {index} is made again.")
+                del self.manifest["layers"][index]
+        for name, digest in self.manifest.get("model", {}).items():
+            path = self.model / name
+            if not path.is_file() or sha256(path) != digest:
+                warnings.append(f"{path} is {'damaged' if path.is_file() else 'missing'}; the model is assembled again.")
+                del self.manifest["model"]
+                break
+        return warnings
+
+    def save(self) -> None:
+        write_json(self.path / "manifest.json", self.manifest)
+
+    def missing_layers(self, num_blocks: int) -> list[int]:
+        return [index for index in range(num_blocks) if str(index) not in self.manifest["layers"]]
+
+    def record_layer(self, index: int, digest: str, seconds: dict[str, float], reports: list[dict]) -> None:
+        self.manifest["layers"][str(index)] = {"sha256": digest, "seconds": seconds, "experts": reports}
+        self.manifest.pop("model", None)
+        self.save()
+
+    def add_seconds(self, stage: str, seconds: float) -> None:
+        self.manifest["seconds"][stage] = self.manifest["seconds"].get(stage, 0.0) + seconds
+
+
+def read_manifest(path: Path) -> dict[str, Any] | None:
+    """None if there is none. Raises UserError if it is damaged or of another format."""
+    file = path / "manifest.json"
+    if not file.is_file():
+        return None
+    try:
+        manifest = json.loads(file.read_text())
+        written, _ = manifest["format"], (manifest["identity"], manifest["layers"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file} is damaged: {error!r}; move it away to start over (the layers beside it are not read without it).") from None
+    if written != FORMAT:
+        raise UserError(f"{file} has format {written}; this version reads format {FORMAT}.")
+    return manifest
+
+
+def check_writable(path: Path) -> None:
+    """Before anything is loaded: could the run directory be written?"""
+    folder = path
+    while not folder.exists():
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"--output-dir {path} cannot be written: {folder} is {'not writable' if folder.is_dir() else 'no directory'}.")

@@ -1,0 +1,153 @@
+"""The job: every option, its bounds and its one line of doc. YAML in and out.
+
+Each field's `allowed` completes the sentence "--option is VALUE; allowed is ...".
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from pipeline.errors import UserError
+from pipeline.solver.mask import ALLOWED as ALLOWED_SPARSITY
+from pipeline.solver.mask import Pattern
+from pipeline.texts import KNOWN as KNOWN_DATA
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def _field(default: Any, doc: str, allowed: str, **bounds) -> Any:
+    return Field(default, description=doc, json_schema_extra={"allowed": allowed}, **bounds)
+
+
+class Job(BaseModel):
+    """One run. Frozen; unknown fields are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = _field(..., "Hub id, local directory, demo, or pythia / llama with --model-size.", "a hub id, a local directory, demo, pythia or llama", min_length=1)
+    model_size: str | None = _field(None, "With --model pythia: 14m to 12b. With --model llama: 2-7b, 2-13b, 3-8b, tinyllama-1.1b.", "a size such as 1.4b")
+    revision: str | None = _field(None, "Branch, tag or commit on the hub (Pythia: step143000 unless given).", "a branch, tag or commit", min_length=1)
+    cache_dir: str | None = _field(None, "Where models and data sets from the hub are kept.", "a directory", min_length=1)
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = _field("auto", "Of weights and activations; auto is the checkpoint's own on a GPU and float32 on a CPU.", "auto, float32, bfloat16 or float16")
+
+    sparsity: str = _field("0.5", "Share of weights pruned (0.5), or N:M with N kept of every M (2:4).", ALLOWED_SPARSITY)
+    quantize: bool = _field(False, "Round the kept weights to integers in the same pass (GPTQ).", "true or false")
+    bits: int = _field(4, "Bits of a quantized weight.", "a whole number from 2 to 8, with --quantize", ge=2, le=8)
+    group_size: int | None = _field(None, "Columns that share a scale; unless given, a whole row does.", "a whole number from 1, with --quantize", ge=1)
+    symmetric: bool = _field(False, "Centre the integer range on 0.", "true or false, with --quantize")
+    mse: bool = _field(False, "Shrink each integer range to the one of least error.", "true or false, with --quantize")
+
+    num_clusters: int = _field(16, "Experts of each linear; 1 is plain SparseGPT.", "a whole number from 1", ge=1)
+    pca_reduction_factor: int = _field(8, "Cluster in (in features / this) principal components.", "a whole number from 1 to the narrowest expanded linear's in features, without --no-pca", ge=1)
+    no_pca: bool = _field(False, "Cluster the raw inputs.", "true or false")
+    kmeans_restarts: int = _field(10, "KMeans runs of a router, of which the best is kept.", "a whole number from 1", ge=1)
+
+    dataset: str = _field("wikitext2", f"Calibration data: {KNOWN_DATA}.", KNOWN_DATA, min_length=1)
+    dataset_size: int | None = _field(None, "Calibration windows; 128 unless given (of a .npy file, all).", "a whole number from 1", ge=1)
+    seq_len: int | None = _field(None, "Tokens of a window; the model's context unless given, 2048 at most (Llama: 4096).", "a whole number from 2", ge=2)
+    eval_dataset: str | None = _field(None, "Evaluation data, or none; unless given, the same data's test split (of a local file, a tenth held out).", f"{KNOWN_DATA}, or none", min_length=1)
+    eval_size: int | None = _field(None, "Evaluation windows; all there are unless given (c4: 256; self: 32).", "a whole number from 1", ge=1)
+    no_dense: bool = _field(False, "Do not evaluate the dense model beside the expanded one.", "true or false")
+    seed: int = _field(0, "Of calibration windows, KMeans starts and sampling.", "a whole number from 0 to 4294901759", ge=0, le=2**32 - 2**16 - 1)
+
+    output_dir: str | None = _field(None, "Run directory; runs/MODEL-SPARSITY-kCLUSTERS unless given.", "a directory", min_length=1)
+    resume: Literal["auto", "require", "never"] = _field("auto", "auto: go on with what the directory holds; require: fail if it holds nothing; never: start over.", "auto, require or never")
+
+    actors: int | None = _field(None, "Ray actors; one for each GPU unless given, without GPUs one for each node.", "a whole number from 1", ge=1)
+    address: str | None = _field(None, "Ray cluster to run on (HOST:PORT, or auto for the one on this machine); unless given, Ray starts here.", "HOST:PORT or auto", min_length=1)
+    verbose: bool = _field(False, "Show the actors' logs and every stage as a line.", "true or false")
+
+    @field_validator("sparsity", mode="before")
+    @classmethod
+    def _sparsity(cls, value: Any) -> str:
+        return str(Pattern.parse(value))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _go_together(cls, fields: dict) -> dict:
+        """Options that mean nothing without another one are errors, not silence."""
+        if not fields.get("quantize"):
+            for name in ("bits", "group_size", "symmetric", "mse"):
+                if fields.get(name) not in (None, False):
+                    raise UserError(f"{_option(name)} is {fields[name]}, but without --quantize nothing is rounded; give both or neither.")
+        if fields.get("no_pca") and fields.get("pca_reduction_factor") is not None:
+            raise UserError(f"--pca-reduction-factor is {fields['pca_reduction_factor']}, but --no-pca leaves nothing to reduce; give one of the two.")
+        return fields
+
+    @property
+    def pattern(self) -> Pattern:
+        return Pattern.parse(self.sparsity)
+
+    @property
+    def run_directory(self) -> Path:
+        if self.output_dir:
+            return Path(self.output_dir).absolute()
+        name = self.model if self.model_size is None else f"{self.model}-{self.model_size}"
+        bits = f"-{self.bits}bit" if self.quantize else ""
+        return Path("runs", f"{Path(name).name}-{self.sparsity.replace(':', 'of')}{bits}-k{self.num_clusters}").absolute()
+
+    def components(self, in_features: int) -> int | None:
+        """Principal components kept for a linear's input; None without PCA."""
+        return None if self.no_pca else in_features // self.pca_reduction_factor
+
+    def torch_dtype(self, checkpoint_dtype: torch.dtype | None, device_type: str) -> torch.dtype:
+        if self.dtype != "auto":
+            return DTYPES[self.dtype]
+        return torch.float32 if device_type == "cpu" else checkpoint_dtype or torch.float32
+
+    def recipe(self) -> dict:
+        """The fields that decide what the shards hold, with their values."""
+        names = ["sparsity", "quantize", "num_clusters", "no_pca", "kmeans_restarts", "seed"]
+        names += ["bits", "group_size", "symmetric", "mse"] if self.quantize else []
+        names += [] if self.no_pca else ["pca_reduction_factor"]
+        return {name: getattr(self, name) for name in names}
+
+    def to_yaml(self) -> str:
+        # Options that need another are left out without it, so that the file can be given back as --config.
+        dropped = set() if self.quantize else {"bits", "group_size", "symmetric", "mse"}
+        dropped |= {"pca_reduction_factor"} if self.no_pca else set()
+        return yaml.safe_dump(self.model_dump(exclude=dropped), sort_keys=False)
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def allowed(name: str) -> str:
+    return Job.model_fields[name].json_schema_extra["allowed"]
+
+
+def make_job(options: dict[str, Any], config: str | None = None) -> Job:
+    """The job of a YAML file and the options given beside it, which win. Raises UserError, one sentence."""
+    fields = (_read_yaml(Path(config)) if config else {}) | {name: value for name, value in options.items() if value is not None}
+    if "model" not in fields:
+        raise UserError("--model is missing; allowed is a hub id, a local directory, demo, or pythia or llama with --model-size.")
+    try:
+        return Job(**fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]) if first["loc"] else ""
+        if name not in Job.model_fields:
+            raise UserError(f"{config} has the field {name!r}, which is not known; known are {', '.join(Job.model_fields)}.") from None
+        raise UserError(f"{_option(name)} is {first['input']!r}; allowed is {allowed(name)}.") from None
+
+
+def _read_yaml(path: Path) -> dict:
+    if not path.is_file():
+        raise UserError(f"--config {path} is no file on this machine.")
+    try:
+        fields = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} is no YAML: {' '.join(str(error).split())}.") from None
+    if not isinstance(fields, dict):
+        raise UserError(f"--config {path} holds no fields; write one option a line, such as model: demo.")
+    return {str(name).replace("-", "_"): value for name, value in fields.items() if value is not None}
+
+
+def digest(fields: dict) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,174 @@
+"""A causal LM whose feed-forward linears are mixtures of sparse experts.
+
+This file travels inside every saved model and needs torch and transformers alone:
+
+    AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)
+
+Shapes: N tokens, C columns (in features), R rows (out features), E experts.
+Source of the method: Sparse Expansion (arXiv 2405.15756).
+"""
+
+import weakref
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+
+
+class Router(nn.Module):
+    """Sends every token to the expert of its nearest centroid, as one small linear classifier.
+
+    With principal components V (orthonormal rows), mean m and centroid c_e of the components' space, the nearest
+    centroid of V (x - m) is the e with the largest c_e . V (x - m) - |c_e|^2 / 2. That is linear in x, so the router
+    is `weight` = c V (E, C) and `bias` = -|c_e|^2 / 2 - (c V) . m (E), both float32: the components are not needed.
+    """
+
+    def __init__(self, num_experts: int, in_features: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_experts, in_features, dtype=torch.float32), requires_grad=False)
+        self.bias = nn.Parameter(torch.empty(num_experts, dtype=torch.float32), requires_grad=False)
+        self._last: tuple | None = None
+
+    def forward(self, x_NC: Tensor) -> Tensor:
+        """The expert of every token, int64 (N)."""
+        if len(self.bias) == 1:
+            return x_NC.new_zeros(len(x_NC), dtype=torch.long)
+        return functional.linear(x_NC.float(), self.weight.float(), self.bias.float()).argmax(-1)
+
+    def experts_of(self, hidden: Tensor) -> Tensor:
+        """As `forward`, for (..., C); linears that share an input (gate and up) ask with the same tensor and share the answer."""
+        if self._last is not None and self._last[0]() is hidden and self._last[1] == hidden._version:
+            return self._last[2]
+        experts = self(hidden.reshape(-1, hidden.shape[-1]))
+        if not torch.compiler.is_compiling() and not torch.is_inference(hidden):
+            self._last = (weakref.ref(hidden), hidden._version, experts)
+        return experts
+
+    def __getstate__(self):
+        return {**self.__dict__, "_last": None}  # a weak reference can be neither copied nor pickled
+
+
+class RoutedLinear(nn.Module):
+    """A linear with one weight for each expert: `weight` (E, R, C), `bias` (R) shared by the experts or None."""
+
+    def __init__(self, router: nn.Module, num_experts: int, in_features: int, out_features: int, bias: bool):
+        super().__init__()
+        self._router = [router]  # in a list: the router belongs to the parent module, once, whoever shares it
+        self.in_features, self.out_features = in_features, out_features
+        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        if len(self.weight) == 1:
+            return functional.linear(hidden, self.weight[0], self.bias)
+        experts_N = self._router[0].experts_of(hidden)
+        tokens_NC = hidden.reshape(-1, self.in_features)
+        order = experts_N.argsort(stable=True)
+        counts = torch.bincount(experts_N, minlength=len(self.weight)).tolist()
+        sorted_NC = tokens_NC[order]
+        outputs = [
+            functional.linear(part, weight_RC, self.bias)
+            for part, weight_RC in zip(sorted_NC.split(counts), self.weight) if len(part)
+        ]
+        sorted_NR = torch.cat(outputs)
+        output_NR = torch.empty_like(sorted_NR).index_copy(0, order, sorted_NR)
+        return output_NR.view(*hidden.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"experts={len(self.weight)}, in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+def router_name(group: list[str]) -> str:
+    """Path in the block of the router that the linears of `group` share: beside the first of them."""
+    return f"{group[0]}_router"
+
+
+def expand(block: nn.Module, router_groups: list[list[str]], num_experts: int) -> None:
+    """Replace the linears of a block by routed ones of `num_experts` experts, with empty weights."""
+    for group in router_groups:
+        parent_path, _, name = router_name(group).rpartition(".")
+        device = block.get_submodule(group[0]).weight.device
+        with torch.device(device):
+            router = Router(num_experts, block.get_submodule(group[0]).in_features)
+            block.get_submodule(parent_path).add_module(name, router)
+            for path in group:
+                parent_path, _, name = path.rpartition(".")
+                dense = block.get_submodule(path)
+                routed = RoutedLinear(router, num_experts, dense.in_features, dense.out_features, dense.bias is not None)
+                setattr(block.get_submodule(parent_path), name, routed.to(dense.weight.dtype))
+            router.float()
+
+
+class SparseExpansionConfig(PretrainedConfig):
+    """`text_config`: the dense model's own configuration. `blocks`: path of its list of blocks. `router_groups`: linears
+    that share a router, by path in the block. `recipe`: how the experts were made, for people."""
+
+    model_type = "sparse_expansion"
+    sub_configs = {"text_config": AutoConfig}
+
+    def __init__(self, text_config=None, num_experts=1, blocks="", router_groups=(), recipe=None, **kwargs):
+        if isinstance(text_config, dict):
+            text_config = AutoConfig.for_model(**text_config)
+        self.text_config = text_config
+        self.num_experts = num_experts
+        self.blocks = blocks
+        self.router_groups = [list(group) for group in router_groups]
+        self.recipe = recipe or {}
+        if text_config is not None:
+            for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
+                kwargs.setdefault(name, getattr(text_config, name, None))
+        super().__init__(**kwargs)
+
+    def __getattr__(self, name):
+        # Tools ask a causal LM's configuration for its sizes (hidden_size, vocab_size, ...).
+        text_config = self.__dict__.get("text_config")
+        if name.startswith("_") or text_config is None:
+            raise AttributeError(name)
+        return getattr(text_config, name)
+
+
+class SparseExpansionForCausalLM(PreTrainedModel, GenerationMixin):
+    """The dense causal LM of `config.text_config` with its feed-forward linears routed. Arguments and outputs are its own."""
+
+    config_class = SparseExpansionConfig
+    base_model_prefix = ""
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _keep_in_fp32_modules_strict = ["_router"]
+
+    def __init__(self, config: SparseExpansionConfig):
+        super().__init__(config)
+        self.model = AutoModelForCausalLM.from_config(config.text_config)
+        self._no_split_modules = list(self.model._no_split_modules or [])
+        for block in self.model.get_submodule(config.blocks):
+            expand(block, config.router_groups, config.num_experts)
+        self.post_init()
+
+    def _init_weights(self, module):
+        pass  # every weight comes from the checkpoint
+
+    def get_input_embeddings(self):
+        return self.model.get_input_embeddings()
+
+    def set_input_embeddings(self, value):
+        self.model.set_input_embeddings(value)
+
+    def get_output_embeddings(self):
+        return self.model.get_output_embeddings()
+
+    def set_output_embeddings(self, value):
+        self.model.set_output_embeddings(value)
+
+    def forward(self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
+                labels=None, use_cache=None, logits_to_keep=0, **kwargs):
+        return self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds, labels=labels, use_cache=use_cache, logits_to_keep=logits_to_keep, **kwargs)
+
+
+SparseExpansionConfig.register_for_auto_class()
+SparseExpansionForCausalLM.register_for_auto_class("AutoModelForCausalLM")

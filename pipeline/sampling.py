@@ -1,0 +1,34 @@
+"""Windows sampled from the model itself, for --dataset self: calibration without any text.
+
+Shapes: W windows, L tokens of a window.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, DynamicCache
+
+BATCH = 32  # windows sampled together; fixed, so that the windows do not depend on the machine's size
+
+
+@torch.no_grad()
+def sample_windows(directory: Path, count: int, length: int, seed: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Windows (W, L) of int64 ids drawn token by token from the model's own distribution (temperature 1).
+
+    Each window starts with a token drawn uniformly from the vocabulary. A seeded generator draws everything. This is the
+    one stage that needs the whole model in one process: token by token, every block is needed each time.
+    """
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(device).eval()
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    batches = []
+    for start in range(0, count, BATCH):
+        windows = min(BATCH, count - start)
+        ids = torch.randint(model.config.vocab_size, (windows, 1), generator=generator)
+        drawn, cache = [ids], DynamicCache(config=model.config)
+        for _ in range(length - 1):
+            logits = model(input_ids=ids.to(device), past_key_values=cache, use_cache=True).logits[:, -1]
+            ids = torch.multinomial(logits.float().softmax(-1).cpu(), 1, generator=generator)
+            drawn.append(ids)
+        batches.append(torch.cat(drawn, dim=1))
+    return torch.cat(batches)

@@ -1,0 +1,73 @@
+"""A checkpoint's tensors by name, straight from safetensors, one at a time."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from pipeline.architectures import RENAMED
+from pipeline.errors import UserError
+
+
+class Checkpoint:
+    """The safetensors files of a model directory, one file or several with an index."""
+
+    def __init__(self, directory: Path):
+        self.directory = Path(directory)
+        index = self.directory / "model.safetensors.index.json"
+        if index.is_file():
+            try:
+                weight_map = json.loads(index.read_text())["weight_map"]
+            except (ValueError, KeyError) as error:
+                raise UserError(f"{index} is damaged: {error}.") from None
+            self._file_of = {name: self.directory / file for name, file in weight_map.items()}
+            missing = sorted({str(file) for file in self._file_of.values() if not file.is_file()})
+            if missing:
+                raise UserError(f"{index} names {missing[0]}, which is missing.")
+            for file in sorted(set(self._file_of.values())):
+                self._names(file)
+        else:
+            file = self.directory / "model.safetensors"
+            if not file.is_file():
+                raise UserError(f"--model {directory} holds no safetensors (model.safetensors or model.safetensors.index.json); "
+                                "save it with save_pretrained of transformers, which writes them.")
+            self._file_of = {name: file for name in self._names(file)}
+
+    def _names(self, file: Path) -> list[str]:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                return list(opened.keys())
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file} is damaged: {error}.") from None
+
+    def find(self, name: str) -> str | None:
+        """The stored name of a parameter, also where other versions call it something else; None if it is not there."""
+        candidates = [name] + [name.replace(new, old, 1) for new, old in RENAMED.items() if name.startswith(new)]
+        candidates += [candidate.partition(".")[2] for candidate in candidates]  # saved from the base model, without its prefix
+        return next((candidate for candidate in candidates if candidate in self._file_of), None)
+
+    def load(self, names: dict[str, str]) -> dict[str, Tensor]:
+        """Tensors on the CPU as stored. `names` maps the names wanted in the result to stored names."""
+        tensors: dict[str, Tensor] = {}
+        for file in sorted({self._file_of[stored] for stored in names.values()}):
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    tensors |= {name: opened.get_tensor(stored) for name, stored in names.items() if self._file_of[stored] == file}
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{file} is damaged: {error}.") from None
+        return tensors
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the configuration and, of every file, its size and header: cheap, and another model differs."""
+        digest = hashlib.sha256((self.directory / "config.json").read_bytes())
+        for file in sorted(set(self._file_of.values())):
+            with open(file, "rb") as opened:
+                header = int.from_bytes(opened.read(8), "little")
+                digest.update(file.stat().st_size.to_bytes(8, "little") + opened.read(header))
+                # The first and the last mebibyte of the data: a retrained model has the same header.
+                digest.update(opened.read(1 << 20))
+                opened.seek(max(-(1 << 20), -file.stat().st_size), 2)
+                digest.update(opened.read())
+        return digest.hexdigest()
