@@ -24,6 +24,7 @@ from pipeline.expansion import RouterGroups
 from pipeline.perplexity import Perplexity
 from pipeline.windows import Windows
 
+EVALUATION_COST = 0.1  # of a block, against expanding it: for the progress bar
 LOSSES_WITHOUT_PROGRESS = 3  # crews lost in a row before the job stops
 
 
@@ -83,13 +84,13 @@ class Conductor:
 
     # Expansion
 
-    def expand(self, job: Job, directory: Path, groups: RouterGroups, windows: Windows, run: RunDirectory, num_blocks: int) -> None:
+    def expand(self, job: Job, directory: Path, groups: RouterGroups, windows: Windows, run: RunDirectory) -> None:
         """Make every missing layer, in order."""
-        self.restarting(lambda: self._expand_missing(job, directory, groups, windows, run, num_blocks),
-                        lambda: len(run.missing_layers(num_blocks)))
+        self.restarting(lambda: self._expand_missing(job, directory, groups, windows, run),
+                        lambda: len(run.missing_layers()))
 
-    def _expand_missing(self, job: Job, directory: Path, groups: RouterGroups, windows: Windows, run: RunDirectory, num_blocks: int) -> None:
-        missing = run.missing_layers(num_blocks)
+    def _expand_missing(self, job: Job, directory: Path, groups: RouterGroups, windows: Windows, run: RunDirectory) -> None:
+        missing = run.missing_layers()
         if not missing:
             return
         numbered = list(enumerate(windows.groups()))
@@ -100,18 +101,18 @@ class Conductor:
         shares = deal(numbered, len(self.actors))
         with self._timed("embed"):
             ray.get([actor.begin.remote(job, directory, groups, dict(share)) for actor, share in zip(self.actors, shares)])
-        owners = [actor for actor, blocks in zip(self.actors, deal(range(num_blocks), len(self.actors))) for _ in blocks]
+        owners = [actor for actor, blocks in zip(self.actors, deal(list(range(run.num_blocks)), len(self.actors))) for _ in blocks]
         for index in range(missing[-1] + 1):
             weights = owners[index].publish.remote(index)
             if index in missing:
-                self._expand_block(index, num_blocks, weights, owners[index], job, groups, run)
+                self._expand_block(index, weights, owners[index], job, groups, run)
             else:
                 with self._timed("replay"):
-                    self.reporter.stage("replay", f"layer {index + 1} of {num_blocks}")
+                    self.reporter.stage("replay", f"layer {index + 1} of {run.num_blocks}")
                     ray.get([actor.replay.remote(index, weights, starts) for actor in self.actors])
 
-    def _expand_block(self, index: int, num_blocks: int, weights: ray.ObjectRef, owner, job: Job, groups: RouterGroups, run: RunDirectory) -> None:
-        layer = f"layer {index + 1} of {num_blocks}"
+    def _expand_block(self, index: int, weights: ray.ObjectRef, owner, job: Job, groups: RouterGroups, run: RunDirectory) -> None:
+        layer = f"layer {index + 1} of {run.num_blocks}"
         seconds: dict[str, float] = {}
 
         def stage(name: str) -> _Timer:
@@ -183,7 +184,7 @@ class Conductor:
         for index in range(num_blocks):
             self.reporter.stage(f"evaluate {what}", f"layer {index + 1} of {num_blocks}")
             ray.get([actor.evaluate_block.remote(index) for actor in self.actors])
-            self.reporter.advance(0.1)
+            self.reporter.advance(EVALUATION_COST)
         by_group = {number: losses for part in ray.get([actor.finish_evaluation.remote() for actor in self.actors]) for number, losses in part.items()}
         return [loss for number in sorted(by_group) for loss in by_group[number]]
 

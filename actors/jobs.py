@@ -4,8 +4,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from actors.cluster import Crew, check_address, connected, size_crew
-from actors.conductor import Conductor
+from actors.cluster import check_address, connected, size_crew
+from actors.conductor import EVALUATION_COST, Conductor
 from actors.progress import Bar
 from pipeline import preflight, statistics
 from pipeline.architectures import architecture_of
@@ -29,8 +29,7 @@ def run(job: Job) -> dict:
     groups = preflight.check_shapes(job, source)
     reading = time.monotonic()
     calibration = _read(preflight.calibration_request(job, source), source)
-    length = calibration.length if isinstance(calibration, Windows) else calibration.length
-    request = preflight.evaluation_request(job, source, length)
+    request = preflight.evaluation_request(job, source, calibration.length)
     evaluation = request and _read(request, source)
     for windows, option in ((calibration, "--dataset"), (evaluation, "--eval-dataset")):
         if isinstance(windows, Windows):
@@ -40,7 +39,7 @@ def run(job: Job) -> dict:
     with connected(job.address, job.verbose), RunDirectory(job.run_directory) as directory:
         crew = size_crew(job.actors)
         dtype = _dtype_name(job.torch_dtype(source.checkpoint_dtype, "cuda" if crew.gpus else "cpu"))
-        bar = Bar(source.num_blocks * (1.0 + 0.1 * ((evaluation is not None) * (2 - job.no_dense))), job.verbose)
+        bar = Bar(source.num_blocks * (1.0 + EVALUATION_COST * (evaluation is not None) * (2 - job.no_dense)), job.verbose)
         conductor = Conductor(crew, dtype, directory.path, bar, job.verbose, {"windows": reading})
         try:
             bar.stage("start", f"{crew.actors} actor{'s' if crew.actors > 1 else ''} of {'a GPU' if crew.gpus else f'{crew.cpus} CPUs'}")
@@ -65,14 +64,14 @@ class _Run:
         calibration = self._sampled(calibration, "calibration")
         evaluation = evaluation and self._sampled(evaluation, "evaluation")
         identity = {"model": source.fingerprint[:16], "calibration": calibration.digest()[:16], "dtype": conductor.dtype} | job.recipe()
-        for warning in run.open_job(identity, job.resume):
+        for warning in run.open_job(identity, source.num_blocks, job.resume):
             self.bar.note(warning)
         self._save_windows(calibration, evaluation)
         with replacing(run.path / "config.yaml") as temporary:
             temporary.write_text(job.to_yaml())
-        done = source.num_blocks - len(run.missing_layers(source.num_blocks))
+        done = source.num_blocks - len(run.missing_layers())
         self.bar.advance(done)
-        conductor.expand(job, source.directory, self.groups, calibration, run, source.num_blocks)
+        conductor.expand(job, source.directory, self.groups, calibration, run)
         layers = run.manifest["layers"]
         statistics.write_expert_table(layers, run.path / "stats" / "experts.parquet")
         if "model" not in run.manifest:
@@ -95,13 +94,12 @@ class _Run:
         """Sample from the model what could not be read, unless this directory holds it already."""
         if isinstance(windows, Windows):
             return windows
-        source = f"self: sampled from the model, seed {windows.seed} (model {self.source.fingerprint[:12]}, {self.conductor.dtype})"
         path = self.directory.windows / f"{kind}.safetensors"
         if path.is_file():
             stored = Windows.load(path)
-            if stored.source == source and (stored.count, stored.length) == (windows.count, windows.length):
+            if stored.source == _sampled_source(windows, self.source, self.conductor) and (stored.count, stored.length) == (windows.count, windows.length):
                 return stored
-        return Windows(self.conductor.sample(self.source.directory, windows.count, windows.length, windows.seed), source)
+        return _sample(windows, self.source, self.conductor)
 
     def _save_windows(self, calibration: Windows, evaluation: Windows | None) -> None:
         self.directory.windows.mkdir(exist_ok=True)
@@ -145,31 +143,26 @@ class _Run:
         }
 
 
-def evaluate(model: str, model_size: str | None, revision: str | None, cache_dir: str | None, dataset: str, size: int | None,
-             length: int | None, seed: int, dtype: str, actors: int | None, address: str | None, verbose: bool) -> dict:
+def evaluate(job: Job) -> dict:
     """Perplexity of a dense or a saved model, block by block from its files. Returns what `--json` prints."""
     started = time.monotonic()
-    job = Job(model=model, dataset=dataset, eval_dataset=dataset, eval_size=size, seq_len=length, seed=seed, dtype=dtype)
-    check_address(address)
-    source = preflight.find_model(model, model_size, revision, cache_dir)
-    if dataset == "none":
-        raise UserError("--eval-dataset is none, but there is nothing else to do; give a data set.")
-    default = preflight.window_length(length, source, [dataset])
-    request = preflight.evaluation_request(job, source, default or source.context)
-    windows = _read(request, source)
+    if job.eval_dataset == "none":
+        raise UserError("--eval-dataset is none, but eval does nothing else; give a data set.")
+    check_address(job.address)
+    source = preflight.find_model(job.model, job.model_size, job.revision, job.cache_dir)
+    windows = _read(preflight.evaluation_request(job, source, None), source)
     if isinstance(windows, Windows):
         preflight.check_windows(windows.length, source, "--eval-dataset")
-    with connected(address, verbose):
-        crew = size_crew(actors)
-        name = _dtype_name(job.torch_dtype(source.checkpoint_dtype, "cuda" if crew.gpus else "cpu"))
-        bar = Bar(source.num_blocks * 0.1, verbose)
-        conductor = Conductor(crew, name, None, bar, verbose)
+    with connected(job.address, job.verbose):
+        crew = size_crew(job.actors)
+        dtype = _dtype_name(job.torch_dtype(source.checkpoint_dtype, "cuda" if crew.gpus else "cpu"))
+        bar = Bar(source.num_blocks * EVALUATION_COST, job.verbose)
+        conductor = Conductor(crew, dtype, None, bar, job.verbose)
         try:
             bar.stage("start")
             conductor.start()
             if isinstance(windows, Request):
-                text = f"self: sampled from the model, seed {windows.seed} (model {source.fingerprint[:12]}, {name})"
-                windows = Windows(conductor.sample(source.directory, windows.count, windows.length, windows.seed), text)
+                windows = _sample(windows, source, conductor)
             measured = conductor.evaluate("expanded" if source.is_expanded else "dense", source.directory, windows, source.num_blocks)
         finally:
             conductor.stop()
@@ -177,7 +170,7 @@ def evaluate(model: str, model_size: str | None, revision: str | None, cache_dir
     return {
         "perplexity": measured.perplexity, "dense_perplexity": None if source.is_expanded else measured.perplexity,
         "windows": measured.windows, "window_length": measured.window_length, "measured_on": measured.described(),
-        "model": source.described(), "dtype": name, "model_dir": str(source.directory), "devices": conductor.devices,
+        "model": source.described(), "dtype": dtype, "model_dir": str(source.directory), "devices": conductor.devices,
         "seconds_by_stage": {stage: round(seconds, 3) for stage, seconds in conductor.seconds.items()},
         "seconds": round(time.monotonic() - started, 3),
     }
@@ -188,6 +181,14 @@ def _read(request: Request, source: Source) -> Windows | Request:
     if request.name == "self":
         return request
     return read_windows(request, source.tokenizer, source.text_config.vocab_size)
+
+
+def _sampled_source(request: Request, source: Source, conductor: Conductor) -> str:
+    return f"self: sampled from the model, seed {request.seed} (model {source.fingerprint[:12]}, {conductor.dtype})"
+
+
+def _sample(request: Request, source: Source, conductor: Conductor) -> Windows:
+    return Windows(conductor.sample(source.directory, request.count, request.length, request.seed), _sampled_source(request, source, conductor))
 
 
 def _dtype_name(dtype) -> str:

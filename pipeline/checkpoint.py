@@ -90,7 +90,7 @@ class RunDirectory:
     def layer(self, index: int) -> Path:
         return layer_path(self.path, index)
 
-    def open_job(self, identity: dict[str, Any], resume: str) -> list[str]:
+    def open_job(self, identity: dict[str, Any], num_blocks: int, resume: str) -> list[str]:
         """Bind the directory to a job. Returns warnings (damaged shards, which are forgotten and will be made again).
 
         Raises UserError if it holds another job, naming the fields that differ, or if `resume` is "require" and it
@@ -105,8 +105,9 @@ class RunDirectory:
         if stored is None or resume == "never":
             for made in ("layers", "model", "stats"):
                 shutil.rmtree(self.path / made, ignore_errors=True)
-            stored = {"format": FORMAT, "identity": identity, "layers": {}, "evaluations": {}, "seconds": {}, "warnings": []}
+            stored = {"format": FORMAT, "identity": identity, "num_blocks": num_blocks, "layers": {}, "evaluations": {}, "seconds": {}, "warnings": []}
         self.manifest = stored
+        self.num_blocks = num_blocks
         warnings = self._forget_damaged()
         self.save()
         return warnings
@@ -135,8 +136,8 @@ class RunDirectory:
     def save(self) -> None:
         write_json(self.path / "manifest.json", self.manifest)
 
-    def missing_layers(self, num_blocks: int) -> list[int]:
-        return [index for index in range(num_blocks) if str(index) not in self.manifest["layers"]]
+    def missing_layers(self) -> list[int]:
+        return [index for index in range(self.num_blocks) if str(index) not in self.manifest["layers"]]
 
     def record_layer(self, index: int, digest: str, seconds: dict[str, float], reports: list[dict]) -> None:
         self.manifest["layers"][str(index)] = {"sha256": digest, "seconds": seconds, "experts": reports}

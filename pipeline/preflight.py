@@ -8,12 +8,12 @@ import torch
 from transformers import AutoTokenizer
 
 from pipeline import sources
+from pipeline.architectures import architecture_of
 from pipeline.blocks import BlockwiseModel, read_config
 from pipeline.config import Job, allowed
 from pipeline.errors import UserError
 from pipeline.expansion import RouterGroups
 from pipeline.modeling_sparse_expansion import SparseExpansionConfig
-from pipeline.architectures import architecture_of
 from pipeline.texts import HUB_SETS
 from pipeline.weights import Checkpoint
 from pipeline.windows import Request
@@ -34,7 +34,7 @@ class Source:
 
     @property
     def text_config(self):
-        return getattr(self.config, "text_config", self.config) if self.is_expanded else self.config
+        return self.config.text_config if self.is_expanded else self.config
 
     @property
     def is_expanded(self) -> bool:
@@ -90,29 +90,30 @@ def check_shapes(job: Job, source: Source) -> RouterGroups:
     return architecture.router_groups
 
 
-def window_length(job_length: int | None, source: Source, files: list[str | None]) -> int | None:
-    """Tokens of a window. Raises UserError if they exceed the model's context. None: as the .npy files have it."""
+def window_length(job_length: int | None, source: Source, dataset: str) -> int | None:
+    """Tokens of a window. Raises UserError if they exceed the model's context. None: as the .npy file has it."""
     if job_length is not None and job_length > source.context:
         raise UserError(f"--seq-len is {job_length}, but the context of --model {source.name} is {source.context} tokens; allowed is 2 to {source.context}.")
-    if job_length is not None or any(file is not None and file.endswith(".npy") for file in files):
+    if job_length is not None or dataset.endswith(".npy"):
         return job_length
     return min(source.context, LLAMA_CONTEXT if source.text_config.model_type == "llama" else CONTEXT)
 
 
 def calibration_request(job: Job, source: Source) -> Request:
-    array = job.dataset.endswith(".npy")
-    length = window_length(job.seq_len, source, [job.dataset])
-    count = job.dataset_size or (None if array else CALIBRATION_WINDOWS)
+    length = window_length(job.seq_len, source, job.dataset)
+    count = job.dataset_size or (None if job.dataset.endswith(".npy") else CALIBRATION_WINDOWS)
     held_out = job.eval_dataset is None and _has_no_splits(job.dataset)
     return Request(job.dataset, False, length, count, job.seed, job.cache_dir, held_out)
 
 
-def evaluation_request(job: Job, source: Source, calibration_length: int) -> Request | None:
+def evaluation_request(job: Job, source: Source, calibration_length: int | None) -> Request | None:
     """None if nothing is to be evaluated. Windows are as long as the calibration windows unless a .npy says otherwise."""
     if job.eval_dataset == "none":
         return None
     name = job.eval_dataset or job.dataset
-    length = None if name.endswith(".npy") and job.seq_len is None else job.seq_len or calibration_length
+    length = window_length(job.seq_len, source, name)
+    if length is not None and job.seq_len is None and calibration_length is not None:
+        length = calibration_length
     count = job.eval_size or (SELF_EVAL_WINDOWS if name == "self" else None)
     held_out = job.eval_dataset is None and _has_no_splits(name)
     return Request(name, True, length, count, job.seed + 1, job.cache_dir, held_out)
@@ -126,9 +127,6 @@ def check_windows(length: int, source: Source, option: str) -> None:
 def check_clusters(job: Job, tokens: int) -> None:
     if job.num_clusters > tokens:
         raise UserError(f"--num-clusters is {job.num_clusters}, but the calibration windows hold {tokens} tokens; allowed is 1 to {tokens}.")
-    for columns_needed in [] if job.no_pca else [tokens]:
-        if columns_needed < 2:
-            raise UserError(f"--dataset-size gives {tokens} token; PCA needs at least 2.")
 
 
 def _has_no_splits(name: str) -> bool:

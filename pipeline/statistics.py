@@ -6,6 +6,7 @@ import pyarrow
 from pyarrow import parquet
 
 from pipeline.files import replacing
+from pipeline.solver.factor import DAMPING
 
 
 def write_expert_table(layers: dict[str, dict], path: Path) -> None:
@@ -23,8 +24,6 @@ def write_expert_table(layers: dict[str, dict], path: Path) -> None:
 
 def warnings_of(layers: dict[str, dict]) -> list[str]:
     """One line for each kind of trouble in the numbers; the table holds the rest."""
-    from pipeline.solver.factor import DAMPING
-
     reports = [(index, report) for index, layer in layers.items() for report in layer["experts"]]
     kinds = {
         "had no tokens and were solved on all tokens of their layer": [where for where in reports if where[1]["fallback"]],
