@@ -18,6 +18,7 @@ from pipeline.assembly import Assembly, assemble
 from pipeline.blocks import BlockwiseModel
 from pipeline.checkpoint import labels_dtype, layer_path, read_shard, write_shard
 from pipeline.config import Job
+from pipeline.devices import device_name, prepare_device
 from pipeline.expansion import RouterGroups, fit_router, routed_block, solve_experts, tap
 from pipeline.modeling_sparse_expansion import router_name
 from pipeline.perplexity import window_loss
@@ -38,16 +39,13 @@ class Task:
 class LayerShard:
     def __init__(self, rank: int, threads: int, dtype: str, run: Path | None, verbose: bool):
         logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format=f"actor {rank}: %(message)s", force=True)
-        torch.set_num_threads(threads)
-        torch.backends.cuda.matmul.allow_tf32 = False  # factors need float32
         self.rank, self.run = rank, run
-        self.device = torch.device("cuda" if torch.cuda.is_available() and ray.get_gpu_ids() else "cpu")
+        self.device = prepare_device(bool(ray.get_gpu_ids()), threads)
         self.dtype = getattr(torch, dtype)
 
     def where(self) -> tuple[str, int, str]:
         """Device type, process id and node, for logs and reports."""
-        name = torch.cuda.get_device_name() if self.device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-        return name, os.getpid(), ray.get_runtime_context().get_node_id()
+        return device_name(self.device), os.getpid(), ray.get_runtime_context().get_node_id()
 
     def sample(self, directory: Path, count: int, length: int, seed: int) -> Tensor:
         return sample_windows(directory, count, length, seed, self.device, self.dtype)

@@ -122,6 +122,7 @@ class BlockwiseModel:
         cast = {name: tensor if "_router." in name or not tensor.is_floating_point() else tensor.to(self.dtype)
                 for name, tensor in weights.items()}
         module.load_state_dict({name: tensor.to(self.device) for name, tensor in cast.items()}, strict=False, assign=True)
+        self._tie()  # assigning a tied parameter leaves the other end with the old one
         return module.to(self.device).requires_grad_(False)
 
     def _tie(self) -> None:
@@ -141,7 +142,6 @@ class BlockwiseModel:
         self._fill(self._skeleton, weights)
         setattr(self._skeleton.get_submodule(parent), name, nn.ModuleList(blocks))
         self._blocks = self._skeleton.get_submodule(self._prefix)
-        self._tie()
         self._shell_loaded = True
 
     # Running

@@ -1,0 +1,131 @@
+"""Every known model type, block by block and routed, against transformers' own forward."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from pipeline.architectures import ARCHITECTURES, architecture_of
+from pipeline.blocks import BlockwiseModel
+from pipeline.errors import UserError
+from pipeline.expansion import routed_block, tap
+from pipeline.modeling_sparse_expansion import SparseExpansionConfig, SparseExpansionForCausalLM
+from tests.models import CONFIGS, save_tiny, tiny_model, token_windows
+
+CPU = torch.device("cpu")
+
+
+def test_every_architecture_is_tested():
+    assert CONFIGS.keys() == ARCHITECTURES.keys()
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def model_type(request) -> str:
+    return request.param
+
+
+@torch.no_grad()
+def test_blockwise_equals_transformers(model_type, tmp_path):
+    directory = save_tiny(tmp_path / "model", model_type)
+    ids_WL = token_windows(3, 24)
+    model = BlockwiseModel(directory, torch.float32, CPU)
+    hidden = model.embed(ids_WL)
+    for index in range(model.num_blocks):
+        hidden = model.run(model.load_block(index), index, hidden)
+    truth = AutoModelForCausalLM.from_pretrained(directory)(ids_WL).logits
+    torch.testing.assert_close(model.head(hidden), truth, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_sharded_checkpoint(tmp_path):
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path / "one")
+    model.save_pretrained(tmp_path / "many", max_shard_size="20KB")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
+    one, many = (BlockwiseModel(tmp_path / name, torch.float32, CPU) for name in ("one", "many"))
+    for index in range(3):
+        there = many.block_weights(index)
+        assert all(torch.equal(there[name], tensor) for name, tensor in one.block_weights(index).items())
+
+
+def test_no_block_is_read_before_it_is_asked_for(tmp_path):
+    """Of a fresh model nothing is real but the buffers; one loaded block leaves the others without weights."""
+    model = BlockwiseModel(save_tiny(tmp_path / "model"), torch.float32, CPU)
+    model.embed(token_windows(1, 8))
+    model.load_block(1)
+    assert all(parameter.is_meta for block in model._blocks for parameter in block.parameters())
+
+
+@torch.no_grad()
+def test_tap_sees_what_the_linears_read(model_type, tmp_path):
+    directory = save_tiny(tmp_path / "model", model_type)
+    groups = architecture_of(model_type, "").router_groups
+    ids_WL = token_windows(2, 16)
+    model = BlockwiseModel(directory, torch.float32, CPU)
+    tapped = tap(model, model.load_block(0), 0, {0: model.embed(ids_WL)}, groups)
+    truth = AutoModelForCausalLM.from_pretrained(directory)
+    block = truth.get_submodule(architecture_of(model_type, "").blocks)[0]
+    seen = {}
+    for group in groups:
+        for path in group:
+            block.get_submodule(path).register_forward_pre_hook(lambda _, args, path=path: seen.__setitem__(path, args[0].reshape(32, -1)))
+    truth(ids_WL)
+    for group, inputs in zip(groups, tapped):
+        for path in group:  # all of a group read the same
+            torch.testing.assert_close(inputs[0], seen[path], rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_routed_model_with_dense_experts_equals_dense(model_type):
+    """Three copies of each dense weight as experts and routers that really spread the tokens: nothing may change."""
+    dense = tiny_model(model_type)
+    architecture = architecture_of(model_type, "")
+    config = SparseExpansionConfig(dense.config.to_dict(), 3, architecture.blocks, architecture.router_groups)
+    routed = SparseExpansionForCausalLM(config).eval()
+    wanted, generator = routed.state_dict(), torch.Generator().manual_seed(1)
+    for name, tensor in wanted.items():
+        if "_router." in name:
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) if name.endswith("weight") else torch.zeros(3))
+        else:
+            tensor.copy_(dense.state_dict()[name.removeprefix("model.")].expand_as(tensor))
+    ids_WL = token_windows(3, 24)
+    chosen = []
+    for module in routed.modules():
+        if type(module).__name__ == "Router":
+            module.register_forward_hook(lambda _, args, experts: chosen.append(experts.unique().tolist()))
+    torch.testing.assert_close(routed(ids_WL).logits, dense(ids_WL).logits, rtol=1e-5, atol=1e-5)
+    assert len(chosen) == 2 * 3  # two routers a block, each asked once
+    assert sum(len(experts) > 1 for experts in chosen) >= 3
+
+
+@torch.no_grad()
+def test_routed_block_with_dense_experts_equals_dense(model_type, tmp_path):
+    """The block that calibration runs on, routed by given labels."""
+    model = BlockwiseModel(save_tiny(tmp_path / "model", model_type), torch.float32, CPU)
+    groups = architecture_of(model_type, "").router_groups
+    block = model.load_block(1)
+    hidden = model.embed(token_windows(2, 16))
+    weights = {path: block.get_submodule(path).weight.expand(4, -1, -1) for group in groups for path in group}
+    routed, routers = routed_block(block, groups, weights)
+    for router in routers:
+        router.labels_N = torch.arange(32) % 4
+    torch.testing.assert_close(model.run(routed, 1, hidden), model.run(block, 1, hidden), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_each_token_gets_its_experts_weight():
+    model = tiny_model("llama")
+    block = model.model.layers[0]
+    groups = architecture_of("llama", "").router_groups
+    weights = {path: torch.stack([(1 + expert) * block.get_submodule(path).weight for expert in range(3)]) for group in groups for path in group}
+    routed, routers = routed_block(block, groups, weights)
+    labels = torch.tensor([2, 0, 1, 2, 2])
+    tokens = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(2))
+    for router in routers:
+        router.labels_N = labels
+    truth = torch.nn.functional.linear(tokens, block.mlp.up_proj.weight) * (1 + labels)[None, :, None]
+    torch.testing.assert_close(routed.mlp.up_proj(tokens), truth, rtol=1e-5, atol=1e-6)
+
+
+def test_unknown_type_lists_the_known_ones():
+    with pytest.raises(UserError, match="gpt_neox, llama, mistral, qwen2, qwen3, olmo2, gemma2, phi, opt"):
+        architecture_of("mamba", "some/model")
