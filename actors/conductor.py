@@ -6,7 +6,7 @@ a restarted driver does. There is one way to go on, whatever was killed.
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import ray

@@ -11,7 +11,7 @@ from pipeline import preflight, statistics
 from pipeline.architectures import architecture_of
 from pipeline.assembly import Assembly
 from pipeline.card import write_card
-from pipeline.checkpoint import RunDirectory, check_writable
+from pipeline.checkpoint import RunDirectory, check_directory
 from pipeline.config import Job, digest
 from pipeline.errors import UserError
 from pipeline.files import replacing
@@ -23,7 +23,7 @@ from pipeline.windows import Request, Windows, read_windows
 def run(job: Job) -> dict:
     """Expand, save and evaluate a model. Returns what `--json` prints. Raises UserError for what the user can put right."""
     started = time.monotonic()
-    check_writable(job.run_directory)
+    check_directory(job.run_directory, job.recipe(), job.resume)
     check_address(job.address)
     source = preflight.find_model(job.model, job.model_size, job.revision, job.cache_dir)
     groups = preflight.check_shapes(job, source)
@@ -36,15 +36,17 @@ def run(job: Job) -> dict:
             preflight.check_windows(windows.length, source, option)
     preflight.check_clusters(job, calibration.count * calibration.length)
     reading = time.monotonic() - reading
+    identity = {"model": source.fingerprint[:16], "calibration": calibration.digest()[:16]} | job.recipe() | ({} if job.dtype == "auto" else {"dtype": job.dtype})
+    check_directory(job.run_directory, identity, job.resume)
     with connected(job.address, job.verbose), RunDirectory(job.run_directory) as directory:
         crew = size_crew(job.actors)
-        dtype = _dtype_name(job.torch_dtype(source.checkpoint_dtype, "cuda" if crew.gpus else "cpu"))
+        dtype = job.dtype_on("cuda" if crew.gpus else "cpu", source.checkpoint_dtype)
         bar = Bar(source.num_blocks * (1.0 + EVALUATION_COST * (evaluation is not None) * (2 - job.no_dense)), job.verbose)
         conductor = Conductor(crew, dtype, directory.path, bar, job.verbose, {"windows": reading})
         try:
             bar.stage("start", f"{crew.actors} actor{'s' if crew.actors > 1 else ''} of {'a GPU' if crew.gpus else f'{crew.cpus} CPUs'}")
             conductor.start()
-            return _Run(job, source, groups, directory, conductor, bar).finish(calibration, evaluation, started)
+            return _Run(job, source, groups, directory, conductor, bar).finish(identity | {"dtype": dtype}, calibration, evaluation, started)
         finally:
             conductor.stop()
             bar.close()
@@ -59,16 +61,14 @@ class _Run:
     conductor: Conductor
     bar: Bar
 
-    def finish(self, calibration: Windows | Request, evaluation: Windows | Request | None, started: float) -> dict:
+    def finish(self, identity: dict, calibration: Windows | Request, evaluation: Windows | Request | None, started: float) -> dict:
         job, source, run, conductor = self.job, self.source, self.directory, self.conductor
-        calibration = self._sampled(calibration, "calibration")
-        evaluation = evaluation and self._sampled(evaluation, "evaluation")
-        identity = {"model": source.fingerprint[:16], "calibration": calibration.digest()[:16], "dtype": conductor.dtype} | job.recipe()
         for warning in run.open_job(identity, source.num_blocks, job.resume):
             self.bar.note(warning)
-        self._save_windows(calibration, evaluation)
         with replacing(run.path / "config.yaml") as temporary:
             temporary.write_text(job.to_yaml())
+        calibration = self._settled(calibration, "calibration")
+        evaluation = evaluation and self._settled(evaluation, "evaluation")
         done = source.num_blocks - len(run.missing_layers())
         self.bar.advance(done)
         conductor.expand(job, source.directory, self.groups, calibration, run)
@@ -84,35 +84,31 @@ class _Run:
         for stage in ("sample", "assemble", "evaluate expanded", "evaluate dense", "start", "embed", "replay", "windows"):
             run.add_seconds(stage, conductor.seconds.get(stage, 0.0))
         run.manifest["finished"] = True
-        run.manifest["warnings"] = statistics.warnings_of(layers)
         run.save()
         result = self._result(calibration, expanded, dense, done) | {"seconds": round(time.monotonic() - started, 3)}
         write_card(run.model, Path(source.name).name, source.described(), result)
         return result
 
-    def _sampled(self, windows: Windows | Request, kind: str) -> Windows:
-        """Sample from the model what could not be read, unless this directory holds it already."""
-        if isinstance(windows, Windows):
-            return windows
+    def _settled(self, windows: Windows | Request, kind: str) -> Windows:
+        """The windows as they now lie in the run directory. What could not be read is sampled from the model, unless it lies
+        there already."""
         path = self.directory.windows / f"{kind}.safetensors"
-        if path.is_file():
-            stored = Windows.load(path)
-            if stored.source == _sampled_source(windows, self.source, self.conductor) and (stored.count, stored.length) == (windows.count, windows.length):
-                return stored
-        return _sample(windows, self.source, self.conductor)
-
-    def _save_windows(self, calibration: Windows, evaluation: Windows | None) -> None:
-        self.directory.windows.mkdir(exist_ok=True)
-        for kind, windows in (("calibration", calibration), ("evaluation", evaluation)):
-            if windows is not None:
-                with replacing(self.directory.windows / f"{kind}.safetensors") as temporary:
-                    windows.save(temporary)
+        if isinstance(windows, Request):
+            if path.is_file():
+                stored = Windows.load(path)
+                if stored.source == _sampled_source(windows, self.source, self.conductor) and stored.ids_WL.shape == (windows.count, windows.length):
+                    return stored
+            windows = _sample(windows, self.source, self.conductor)
+        path.parent.mkdir(exist_ok=True)
+        with replacing(path) as temporary:
+            windows.save(temporary)
+        return windows
 
     def _assembly(self) -> Assembly:
         blocks = architecture_of(self.source.config.model_type, self.source.name).blocks
         recipe = {"dense_model": self.source.described(), **self.job.recipe()}
         return Assembly(self.source.directory, self.directory.path, self.job.num_clusters, self.groups, blocks,
-                        self.job.torch_dtype(self.source.checkpoint_dtype, "cuda" if self.conductor.crew.gpus else "cpu"), recipe)
+                        self.conductor.dtype, recipe)
 
     def _evaluated(self, what: str, which: str, directory: Path, windows: Windows) -> Perplexity:
         key = digest({"what": what, "which": which, "windows": windows.digest(), "dtype": self.conductor.dtype})
@@ -138,7 +134,7 @@ class _Run:
             "model_bytes": sum(file.stat().st_size for file in run.model.glob("*.safetensors")),
             "dense_bytes": sum(file.stat().st_size for file in self.source.directory.glob("*.safetensors")),
             "layers_resumed": resumed, "actors": self.conductor.crew.actors, "devices": self.conductor.devices,
-            "warnings": run.manifest["warnings"],
+            "warnings": statistics.warnings_of(run.manifest["layers"]),
             "seconds_by_stage": {stage: round(seconds, 3) for stage, seconds in self.conductor.seconds.items()},
         }
 
@@ -155,7 +151,7 @@ def evaluate(job: Job) -> dict:
         preflight.check_windows(windows.length, source, "--eval-dataset")
     with connected(job.address, job.verbose):
         crew = size_crew(job.actors)
-        dtype = _dtype_name(job.torch_dtype(source.checkpoint_dtype, "cuda" if crew.gpus else "cpu"))
+        dtype = job.dtype_on("cuda" if crew.gpus else "cpu", source.checkpoint_dtype)
         bar = Bar(source.num_blocks * EVALUATION_COST, job.verbose)
         conductor = Conductor(crew, dtype, None, bar, job.verbose)
         try:
@@ -189,7 +185,3 @@ def _sampled_source(request: Request, source: Source, conductor: Conductor) -> s
 
 def _sample(request: Request, source: Source, conductor: Conductor) -> Windows:
     return Windows(conductor.sample(source.directory, request.count, request.length, request.seed), _sampled_source(request, source, conductor))
-
-
-def _dtype_name(dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -26,7 +26,7 @@ class Assembly:
     num_experts: int
     router_groups: tuple[tuple[str, ...], ...]
     blocks: str
-    dtype: torch.dtype
+    dtype: str
     recipe: dict
 
 
@@ -36,7 +36,8 @@ def assemble(assembly: Assembly, target: Path) -> dict[str, str]:
     One file a layer and one for the rest, so that no more than a layer is in memory. Weights are stored as they are,
     zeros included.
     """
-    model = BlockwiseModel(assembly.source, assembly.dtype, torch.device("cpu"))
+    dtype = getattr(torch, assembly.dtype)
+    model = BlockwiseModel(assembly.source, dtype, torch.device("cpu"))
     temporary = target.with_name(f"{target.name}{MARK}new")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -52,7 +53,7 @@ def assemble(assembly: Assembly, target: Path) -> dict[str, str]:
         total += sum(tensor.nbytes for tensor in tensors.values())
 
     def cast(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.to(assembly.dtype) if tensor.is_floating_point() else tensor
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
     write(1, {f"model.{name}": cast(tensor) for name, tensor in model.shell_weights().items()})
     expanded = {f"{path}.weight" for group in assembly.router_groups for path in group}
@@ -66,7 +67,7 @@ def assemble(assembly: Assembly, target: Path) -> dict[str, str]:
     (temporary / "model.safetensors.index.json").write_text(json.dumps(index_file, indent=1) + "\n")
     config = SparseExpansionConfig(
         model.config.to_dict(), assembly.num_experts, assembly.blocks, assembly.router_groups, assembly.recipe,
-        architectures=["SparseExpansionForCausalLM"], dtype=str(assembly.dtype).removeprefix("torch."),
+        architectures=["SparseExpansionForCausalLM"], dtype=assembly.dtype,
         auto_map={"AutoConfig": "modeling_sparse_expansion.SparseExpansionConfig",
                   "AutoModelForCausalLM": "modeling_sparse_expansion.SparseExpansionForCausalLM"})
     (temporary / "config.json").write_text(config.to_json_string(use_diff=False))

@@ -24,9 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.files import remove_leftovers, replacing, sha256, write_json
+from pipeline.files import MARK, remove_leftovers, replacing, sha256, write_json
 
 FORMAT = 1
+OWN_FILES = {".lock", "windows", "config.yaml"}  # what a job may have written before its manifest
 
 
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> str:
@@ -60,7 +61,7 @@ class RunDirectory:
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(path / ".lock", "w")
+            self._lock = open(path / ".lock", "w")  # noqa: SIM115 (closed by close)
         except OSError as error:
             raise UserError(f"--output-dir {path} cannot be written: {error.strerror}.") from None
         try:
@@ -93,30 +94,20 @@ class RunDirectory:
     def open_job(self, identity: dict[str, Any], num_blocks: int, resume: str) -> list[str]:
         """Bind the directory to a job. Returns warnings (damaged shards, which are forgotten and will be made again).
 
-        Raises UserError if it holds another job, naming the fields that differ, or if `resume` is "require" and it
-        holds none.
+        Raises UserError as `check_directory` does.
         """
+        check_directory(self.path, identity, resume)
         stored = read_manifest(self.path)
-        if stored is None and resume == "require":
-            raise UserError(f"--resume is require, but --output-dir {self.path} holds no job to go on with; allowed there is auto or never.")
-        if stored is not None:
-            self._refuse_other(stored["identity"], identity)
         remove_leftovers(self.path)
         if stored is None or resume == "never":
             for made in ("layers", "model", "stats"):
                 shutil.rmtree(self.path / made, ignore_errors=True)
-            stored = {"format": FORMAT, "identity": identity, "num_blocks": num_blocks, "layers": {}, "evaluations": {}, "seconds": {}, "warnings": []}
+            stored = {"format": FORMAT, "identity": identity, "num_blocks": num_blocks, "layers": {}, "evaluations": {}, "seconds": {}}
         self.manifest = stored
         self.num_blocks = num_blocks
         warnings = self._forget_damaged()
         self.save()
         return warnings
-
-    def _refuse_other(self, there: dict, here: dict) -> None:
-        differing = [f"{name} ({there.get(name, 'absent')} there, {here.get(name, 'absent')} here)"
-                     for name in dict.fromkeys([*here, *there]) if there.get(name) != here.get(name)]
-        if differing:
-            raise UserError(f"--output-dir {self.path} holds another job: it differs in {', '.join(differing)}; give another directory.")
 
     def _forget_damaged(self) -> list[str]:
         warnings = []
@@ -163,10 +154,26 @@ def read_manifest(path: Path) -> dict[str, Any] | None:
     return manifest
 
 
-def check_writable(path: Path) -> None:
-    """Before anything is loaded: could the run directory be written?"""
+def check_directory(path: Path, identity: dict[str, Any], resume: str) -> None:
+    """Before anything is loaded: can this job use the run directory? `identity` may lack fields that are not known yet.
+
+    Raises UserError if it cannot be written, holds another job (naming the fields that differ) or files that are no job's,
+    or if `resume` is "require" and there is nothing to go on with.
+    """
     folder = path
     while not folder.exists():
         folder = folder.parent
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"--output-dir {path} cannot be written: {folder} is {'not writable' if folder.is_dir() else 'no directory'}.")
+    stored = read_manifest(path)
+    if stored is None:
+        if resume == "require":
+            raise UserError(f"--resume is require, but --output-dir {path} holds no job to go on with; allowed there is auto or never.")
+        strangers = sorted(file.name for file in path.iterdir() if file.name not in OWN_FILES and MARK not in file.name) if path.is_dir() else []
+        if strangers:
+            raise UserError(f"--output-dir {path} holds files that are no job's ({strangers[0]}); give a new or an empty directory.")
+        return
+    there = stored["identity"]
+    differing = [f"{name} ({there.get(name, 'absent')} there, {value} here)" for name, value in identity.items() if there.get(name) != value]
+    if differing:
+        raise UserError(f"--output-dir {path} holds another job: it differs in {', '.join(differing)}; give another directory.")

@@ -8,16 +8,13 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pipeline.errors import UserError
-from pipeline.solver.mask import ALLOWED as ALLOWED_SPARSITY
-from pipeline.solver.mask import Pattern
+from pipeline.pattern import ALLOWED as ALLOWED_SPARSITY
+from pipeline.pattern import Pattern
 from pipeline.texts import KNOWN as KNOWN_DATA
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def _field(default: Any, doc: str, allowed: str, **bounds) -> Any:
@@ -79,6 +76,12 @@ class Job(BaseModel):
             raise UserError(f"--pca-reduction-factor is {fields['pca_reduction_factor']}, but --no-pca leaves nothing to reduce; give one of the two.")
         return fields
 
+    @model_validator(mode="after")
+    def _something_to_do(self) -> "Job":
+        if self.pattern.fraction == 0 and not self.quantize:
+            raise UserError("--sparsity is 0 and --quantize is not given, so nothing would be done; give a sparsity, or --quantize for GPTQ alone.")
+        return self
+
     @property
     def pattern(self) -> Pattern:
         return Pattern.parse(self.sparsity)
@@ -95,10 +98,11 @@ class Job(BaseModel):
         """Principal components kept for a linear's input; None without PCA."""
         return None if self.no_pca else in_features // self.pca_reduction_factor
 
-    def torch_dtype(self, checkpoint_dtype: torch.dtype | None, device_type: str) -> torch.dtype:
+    def dtype_on(self, device_type: str, checkpoint_dtype: str | None) -> str:
+        """The name of the dtype that the job runs in."""
         if self.dtype != "auto":
-            return DTYPES[self.dtype]
-        return torch.float32 if device_type == "cpu" else checkpoint_dtype or torch.float32
+            return self.dtype
+        return "float32" if device_type == "cpu" else checkpoint_dtype or "float32"
 
     def recipe(self) -> dict:
         """The fields that decide what the shards hold, with their values."""

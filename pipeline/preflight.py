@@ -49,8 +49,9 @@ class Source:
         return self.text_config.max_position_embeddings
 
     @property
-    def checkpoint_dtype(self) -> torch.dtype | None:
-        return self.config.dtype or self.text_config.dtype
+    def checkpoint_dtype(self) -> str | None:
+        dtype = self.config.dtype or self.text_config.dtype
+        return dtype and str(dtype).removeprefix("torch.")
 
     def tokenizer(self):
         try:

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM
 
 BATCH = 32  # windows sampled together; fixed, so that the windows do not depend on the machine's size
+CACHE_NAMES = ("cache", "past_key_values")  # of a model's output and argument, by version of transformers
 
 
 @torch.no_grad()
@@ -25,10 +26,11 @@ def sample_windows(directory: Path, count: int, length: int, seed: int, device: 
     for start in range(0, count, BATCH):
         windows = min(BATCH, count - start)
         ids = torch.randint(model.config.vocab_size, (windows, 1), generator=generator)
-        drawn, cache = [ids], DynamicCache(config=model.config)
+        drawn, cache = [ids], {}
         for _ in range(length - 1):
-            logits = model(input_ids=ids.to(device), past_key_values=cache, use_cache=True).logits[:, -1]
-            ids = torch.multinomial(logits.float().softmax(-1).cpu(), 1, generator=generator)
+            output = model(input_ids=ids.to(device), use_cache=True, **cache)
+            cache = {name: output[name] for name in CACHE_NAMES if name in output}
+            ids = torch.multinomial(output.logits[:, -1].float().softmax(-1).cpu(), 1, generator=generator)
             drawn.append(ids)
         batches.append(torch.cat(drawn, dim=1))
     return torch.cat(batches)

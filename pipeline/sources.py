@@ -46,13 +46,14 @@ def fetch(model: str, model_size: str | None, revision: str | None, cache_dir: s
     `demo` is the embedded model. A hub revision that holds only pytorch_model.bin (as Pythia's step revisions do) is
     converted once, shard by shard, beside the downloaded files. Honours HF_HUB_OFFLINE and HF_TOKEN.
     """
+    name, hub_revision = hub_id(model, model_size, revision)
     if model == "demo":
         return DEMO_MODEL, None
     if Path(model).is_dir():
         if revision is not None:
             raise UserError(f"--revision is {revision!r}, but --model {model} is a local directory, which has none.")
         return Path(model).resolve(), None
-    name, revision = hub_id(model, model_size, revision)
+    revision = hub_revision
     if model.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"--model {model} is no directory on this machine.")
     if "/" not in name:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from pipeline.checkpoint import read_manifest
 from pipeline.errors import UserError
+from pipeline.statistics import warnings_of
 
 
 def table(rows: list[list[str]]) -> str:
@@ -70,7 +71,7 @@ def read_status(directory: str) -> dict:
         "perplexity": evaluations.get("expanded"), "dense_perplexity": evaluations.get("dense"),
         "windows": shown.get("windows"), "window_length": shown.get("window_length"), "measured_on": shown.get("dataset"),
         "seconds": round(sum(seconds.values()), 3), "seconds_by_stage": seconds,
-        "model_dir": str(path / "model") if "model" in manifest else None, "warnings": manifest["warnings"],
+        "model_dir": str(path / "model") if "model" in manifest else None, "warnings": warnings_of(layers),
     }
 
 

@@ -80,6 +80,10 @@ class Request:
     def option(self) -> str:
         return "--eval-dataset" if self.test else "--dataset"
 
+    def digest(self) -> str:
+        """Of windows that are still to be sampled: together with the model, these fields decide them."""
+        return hashlib.sha256(repr((self.name, self.test, self.length, self.count, self.seed)).encode()).hexdigest()
+
     @property
     def size_option(self) -> str:
         return "--eval-size" if self.test else "--dataset-size"

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from pipeline.gram import hessian
-from pipeline.solver import Grid, Pattern, find_grid, inverse_factor, solve
+from pipeline.pattern import Pattern
+from pipeline.solver import Grid, find_grid, inverse_factor, solve
 from tests import textbook
 
 

@@ -7,8 +7,9 @@ while solving (E, C, R): the loop runs over columns, and a column is then contig
 import torch
 from torch import Tensor
 
+from pipeline.pattern import Pattern
 from pipeline.solver.factor import Factor
-from pipeline.solver.mask import Pattern, n_of_m_mask, unstructured_mask
+from pipeline.solver.mask import n_of_m_mask, unstructured_mask
 from pipeline.solver.quantizer import Grid
 
 BLOCK = 128  # columns whose error is carried to the right by one matrix product, as published

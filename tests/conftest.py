@@ -1,0 +1,56 @@
+"""What every test shares: quiet libraries, the command line in this process, reference data where it lies beside the repository."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+# Before anything imports them: no network is tried, progress bars of libraries stay out of the output.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict:
+        return json.loads(self.out.strip().splitlines()[-1])
+
+
+def start_command(*arguments: str, **options) -> subprocess.Popen:
+    """The command line in a process of its own."""
+    return subprocess.Popen([sys.executable, str(ROOT / "cli.py"), *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            text=True, **options)
+
+
+def command(*arguments: str, **options) -> Outcome:
+    process = start_command(*arguments, **options)
+    out, err = process.communicate(timeout=400)
+    return Outcome(process.returncode, out, err)
+
+
+def run_job(*arguments: str, **options) -> dict:
+    """A run that must succeed; returns what --json prints."""
+    outcome = command("run", *arguments, "--json", **options)
+    assert outcome.code == 0, outcome.err
+    return outcome.json
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Reference windows and models beside the repository; not shipped."""
+    directory = ROOT.parent / "shared"
+    if not (directory / "parity").is_dir():
+        pytest.skip("the reference data (../shared) is not here")
+    return directory
