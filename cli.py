@@ -53,6 +53,7 @@ Seed = Annotated[int | None, _option("seed", DATA)]
 OutputDir = Annotated[str | None, _option("output_dir", WHERE)]
 Resume = Annotated[str | None, _option("resume", WHERE)]
 Actors = Annotated[int | None, _option("actors", WHERE)]
+Threads = Annotated[int | None, _option("threads", WHERE)]
 Address = Annotated[str | None, _option("address", WHERE)]
 Verbose = Annotated[bool | None, _option("verbose", WHERE, "--verbose/--quiet")]
 Config = Annotated[str | None, typer.Option(help="YAML of options; the command line wins.", rich_help_panel=WHERE)]
@@ -83,7 +84,7 @@ def run(model: Model = None, model_size: ModelSize = None, revision: Revision = 
         mse: Mse = None, num_clusters: NumClusters = None, pca_reduction_factor: PcaFactor = None, no_pca: NoPca = None,
         kmeans_restarts: Restarts = None, dataset: Dataset = None, dataset_size: DatasetSize = None, seq_len: SeqLen = None,
         eval_dataset: EvalDataset = None, eval_size: EvalSize = None, no_dense: NoDense = None, seed: Seed = None,
-        output_dir: OutputDir = None, resume: Resume = None, actors: Actors = None, address: Address = None, verbose: Verbose = None,
+        output_dir: OutputDir = None, resume: Resume = None, actors: Actors = None, threads: Threads = None, address: Address = None, verbose: Verbose = None,
         config: Config = None, json: Json = False) -> None:
     """Expand a model, save it, and measure its perplexity. Run again after a kill, it goes on."""
     options = {name: value for name, value in locals().items() if name in Job.model_fields}
@@ -97,20 +98,20 @@ def run(model: Model = None, model_size: ModelSize = None, revision: Revision = 
 
 
 @app.command()
-def demo(output_dir: OutputDir = None, actors: Actors = None, verbose: Verbose = None, json: Json = False) -> None:
+def demo(output_dir: OutputDir = None, actors: Actors = None, threads: Threads = None, verbose: Verbose = None, json: Json = False) -> None:
     """The whole job on an embedded model, with windows sampled from itself: no network, no text, a minute or two."""
     with _user_errors():
         from actors.demo import run_demo
         from pipeline.summary import describe_demo
 
-        result = run_demo(output_dir, actors, bool(verbose))
+        result = run_demo(output_dir, actors, threads, bool(verbose))
         _print(describe_demo(result), result, json)
 
 
 @app.command(name="eval")
 def evaluate(model: Model = None, model_size: ModelSize = None, revision: Revision = None, cache_dir: CacheDir = None, dtype: Dtype = None,
              eval_dataset: EvalDataset = None, eval_size: EvalSize = None, seq_len: SeqLen = None, seed: Seed = None,
-             actors: Actors = None, address: Address = None, verbose: Verbose = None, json: Json = False) -> None:
+             actors: Actors = None, threads: Threads = None, address: Address = None, verbose: Verbose = None, json: Json = False) -> None:
     """Perplexity of a dense or a saved model, block by block from its files."""
     options = {name: value for name, value in locals().items() if name in Job.model_fields}
     with _user_errors():

@@ -21,6 +21,7 @@ class Crew:
     actors: int
     cpus: int
     gpus: int
+    threads: int  # that an actor computes with; its share of the CPUs, or fewer if so asked
 
 
 def check_address(address: str | None) -> None:
@@ -59,9 +60,14 @@ def connected(address: str | None, verbose: bool) -> Iterator[None]:
         ray.shutdown()
 
 
+def _submitted() -> bool:
+    """Is this the driver of a job that ray job submit started?"""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
 def _code_for(address: str) -> dict | None:
     """Another machine's workers need this project's code; a submitted job has brought it already."""
-    if os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
+    if _submitted():
         return None
     import actors
     import pipeline
@@ -69,9 +75,9 @@ def _code_for(address: str) -> dict | None:
     return {"py_modules": [actors, pipeline]}
 
 
-def size_crew(requested: int | None) -> Crew:
+def size_crew(requested: int | None, threads: int | None) -> Crew:
     """An actor for each GPU; without GPUs one for each node. CPUs are shared out evenly. Raises UserError for more actors
-    than there are resources for, naming both."""
+    or threads than there are resources for, naming both."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus = int(sum(node.get("CPU", 0) for node in nodes))
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
@@ -79,12 +85,21 @@ def size_crew(requested: int | None) -> Crew:
         actors = requested or gpus
         if actors > gpus:
             raise UserError(f"--actors is {actors}, but Ray has {gpus} GPUs; allowed is 1 to {gpus}.")
-        return Crew(actors, max(1, cpus // actors // 2), 1)
+        return _crew(actors, max(1, cpus // actors // 2), 1, threads)
     actors = requested or len([node for node in nodes if node.get("CPU", 0) >= 1])
     if actors > cpus:
         raise UserError(f"--actors is {actors}, but Ray has {cpus} CPUs and no GPU; allowed is 1 to {cpus}.")
     smallest = int(min(node["CPU"] for node in nodes if node.get("CPU", 0) >= 1))
-    return Crew(actors, max(1, min(smallest, cpus // actors)), 0)
+    return _crew(actors, max(1, min(smallest, cpus // actors)), 0, threads)
+
+
+def _crew(actors: int, cpus: int, gpus: int, threads: int | None) -> Crew:
+    if threads is not None and threads > cpus:
+        raise UserError(f"--threads is {threads}, but {actors} actor{'s' if actors > 1 else ''} can have {cpus} CPUs each; allowed is 1 to {cpus}.")
+    inherited = os.environ.get("OMP_NUM_THREADS", "")
+    if threads is None and inherited.isdigit() and not _submitted():  # Ray sets it to 1 for the driver of a submitted job
+        threads = min(int(inherited), cpus)
+    return Crew(actors, cpus, gpus, threads or cpus)
 
 
 def deal(items: list, shares: int) -> list[list]:

@@ -48,7 +48,7 @@ class Conductor:
         with self._timed("start"):
             self.stop()
             options = dict(num_cpus=self.crew.cpus, num_gpus=self.crew.gpus, max_restarts=0)
-            self.actors = [LayerShard.options(**options).remote(rank, self.crew.cpus, self.dtype, self.run, self.verbose)
+            self.actors = [LayerShard.options(**options).remote(rank, self.crew.threads, self.dtype, self.run, self.verbose)
                            for rank in range(self.crew.actors)]
             self.devices = [name for name, _, _ in ray.get([actor.where.remote() for actor in self.actors])]
 

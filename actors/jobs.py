@@ -38,13 +38,13 @@ def run(job: Job) -> dict:
     reading = time.monotonic() - reading
     identity = {"model": source.fingerprint[:16], "calibration": calibration.digest()[:16]} | job.recipe() | ({} if job.dtype == "auto" else {"dtype": job.dtype})
     check_directory(job.run_directory, identity, job.resume)
-    with connected(job.address, job.verbose), RunDirectory(job.run_directory) as directory:
-        crew = size_crew(job.actors)
+    with RunDirectory(job.run_directory) as directory, connected(job.address, job.verbose):
+        crew = size_crew(job.actors, job.threads)
         dtype = job.dtype_on("cuda" if crew.gpus else "cpu", source.checkpoint_dtype)
         bar = Bar(source.num_blocks * (1.0 + EVALUATION_COST * (evaluation is not None) * (2 - job.no_dense)), job.verbose)
         conductor = Conductor(crew, dtype, directory.path, bar, job.verbose, {"windows": reading})
         try:
-            bar.stage("start", f"{crew.actors} actor{'s' if crew.actors > 1 else ''} of {'a GPU' if crew.gpus else f'{crew.cpus} CPUs'}")
+            bar.stage("start", f"{crew.actors} actor{'s' if crew.actors > 1 else ''} of {'a GPU' if crew.gpus else f'{crew.threads} CPU threads'}")
             conductor.start()
             return _Run(job, source, groups, directory, conductor, bar).finish(identity | {"dtype": dtype}, calibration, evaluation, started)
         finally:
@@ -150,7 +150,7 @@ def evaluate(job: Job) -> dict:
     if isinstance(windows, Windows):
         preflight.check_windows(windows.length, source, "--eval-dataset")
     with connected(job.address, job.verbose):
-        crew = size_crew(job.actors)
+        crew = size_crew(job.actors, job.threads)
         dtype = job.dtype_on("cuda" if crew.gpus else "cpu", source.checkpoint_dtype)
         bar = Bar(source.num_blocks * EVALUATION_COST, job.verbose)
         conductor = Conductor(crew, dtype, None, bar, job.verbose)

@@ -43,6 +43,7 @@ class Bar:
             self._bar.update(self._task, completed=self._done)
 
     def note(self, line: str) -> None:
+        self._label = ""  # after an interruption the stage is said again
         if self._live:
             self._console.print(line)
         else:

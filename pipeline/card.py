@@ -16,7 +16,7 @@ for one cluster of its inputs each. A token goes to the expert of its nearest ce
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("{directory}", trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained("{directory}")
+tokenizer = AutoTokenizer.from_pretrained("{directory}", trust_remote_code=True)
 ```
 
 | | |

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 # Before anything imports them: no network is tried, progress bars of libraries stay out of the output.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -34,15 +35,18 @@ def start_command(*arguments: str, **options) -> subprocess.Popen:
                             text=True, **options)
 
 
-def command(*arguments: str, **options) -> Outcome:
-    process = start_command(*arguments, **options)
-    out, err = process.communicate(timeout=400)
-    return Outcome(process.returncode, out, err)
+def command(*arguments: str) -> Outcome:
+    """The command line in this process, which saves its start."""
+    from cli import app
+
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return Outcome(result.exit_code, result.stdout, result.stderr)
 
 
-def run_job(*arguments: str, **options) -> dict:
+def run_job(*arguments: str) -> dict:
     """A run that must succeed; returns what --json prints."""
-    outcome = command("run", *arguments, "--json", **options)
+    outcome = command("run", *arguments, "--json")
     assert outcome.code == 0, outcome.err
     return outcome.json
 

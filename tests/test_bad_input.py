@@ -3,9 +3,7 @@
 import numpy as np
 import pytest
 import ray
-from typer.testing import CliRunner
 
-from cli import app
 from tests.conftest import command
 from tests.models import save_tiny
 
@@ -97,9 +95,9 @@ def test_one_sentence_and_exit_code_2(case, tiny):
     options, message = (text.replace("{dir}", str(tiny)) for text in CASES[case])
     given = {"--model": tiny / "model", "--dataset": tiny / "ids.npy", "--output-dir": tiny / "run"}
     defaults = [text for name, value in given.items() if not any(word == name for word in options.split()) for text in (name, str(value))]
-    result = CliRunner().invoke(app, ["run", *defaults, *options.split()])
-    assert result.exit_code == 2, result.output
-    lines = result.stderr.strip().splitlines()
+    outcome = command("run", *defaults, *options.split())
+    assert outcome.code == 2, outcome.err
+    lines = outcome.err.strip().splitlines()
     assert len(lines) == 1 and lines[0].startswith("Error: ") and message in lines[0]
     assert not ray.is_initialized()
     assert not (tiny / "run" / "manifest.json").exists()
@@ -111,21 +109,21 @@ def test_more_actors_than_cpus(tiny):
 
 
 def test_eval_none(tiny):
-    result = CliRunner().invoke(app, ["eval", "--model", str(tiny / "model"), "--eval-dataset", "none"])
-    assert result.exit_code == 2 and "--eval-dataset is none, but eval does nothing else" in result.stderr
+    outcome = command("eval", "--model", tiny / "model", "--eval-dataset", "none")
+    assert outcome.code == 2 and "--eval-dataset is none, but eval does nothing else" in outcome.err
 
 
 def test_status_of_no_job(tiny):
-    result = CliRunner().invoke(app, ["status", str(tiny)])
-    assert result.exit_code == 2 and "holds no job: it has no manifest.json" in result.stderr
+    outcome = command("status", tiny)
+    assert outcome.code == 2 and "holds no job: it has no manifest.json" in outcome.err
 
 
-def test_status_of_a_damaged_manifest(tiny, tmp_path):
+def test_status_of_a_damaged_manifest(tmp_path):
     (tmp_path / "manifest.json").write_text("{")
-    result = CliRunner().invoke(app, ["status", str(tmp_path)])
-    assert result.exit_code == 2 and f"{tmp_path}/manifest.json is damaged" in result.stderr
+    outcome = command("status", tmp_path)
+    assert outcome.code == 2 and f"{tmp_path}/manifest.json is damaged" in outcome.err
 
 
 def test_a_missing_model_option():
-    result = CliRunner().invoke(app, ["run"])
-    assert result.exit_code == 2 and "--model is missing; allowed is" in result.stderr
+    outcome = command("run")
+    assert outcome.code == 2 and "--model is missing; allowed is" in outcome.err
