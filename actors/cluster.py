@@ -43,9 +43,6 @@ def connected(address: str | None, verbose: bool) -> Iterator[None]:
     long as this lasts."""
     check_address(address)
     address = address or os.environ.get("RAY_ADDRESS")
-    # A worker without GPUs must not see all of them.
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
-    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     quiet = dict(logging_level=logging.WARNING if verbose else logging.ERROR, log_to_driver=verbose)
     try:
         if address:

@@ -83,18 +83,19 @@ def _fit_sklearn(tokens_NC: Tensor, num_clusters: int, components: int | None, r
     tokens = tokens_NC.cpu().numpy()
     mean, axes, projected = np.zeros(tokens.shape[1], np.float32), None, tokens
     if components is not None:
-        pca = PCA(components, svd_solver="covariance_eigh").fit(tokens)
+        with threadpool_limits(torch.get_num_threads()):  # numpy's threads too are this actor's, whatever Ray set
+            pca = PCA(components, svd_solver="covariance_eigh").fit(tokens)
+            projected = np.ascontiguousarray(pca.transform(tokens))
         mean, axes = pca.mean_, pca.components_
-        projected = np.ascontiguousarray(pca.transform(tokens))
 
     def restart(number: int) -> KMeans:
         # scikit-learn sums over its threads in the order in which they finish, so a run has one thread and the restarts
-        # share the cores: the same bits every time, and faster.
-        with warnings.catch_warnings():
+        # share the cores: the same bits every time, and faster. OpenMP's limit belongs to the thread that sets it.
+        with threadpool_limits(1, user_api="openmp"), warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct tokens than clusters: empty experts are reported
             return KMeans(num_clusters, n_init=1, random_state=seed + number).fit(projected)
 
-    with threadpool_limits(1), ThreadPoolExecutor(torch.get_num_threads()) as threads:
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(torch.get_num_threads()) as threads:
         best = min(threads.map(restart, range(restarts)), key=lambda kmeans: kmeans.inertia_)
     to_tensor = lambda array: torch.from_numpy(np.ascontiguousarray(array)).to(tokens_NC.device)  # noqa: E731
     return _Clusters(
