@@ -2,6 +2,8 @@
 
 import json
 import os
+import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -24,9 +26,9 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def head():
-    """A head on this machine: its port and the port of its dashboard, which takes jobs."""
+    """A head on this machine that asks for a token: its port, the port of its dashboard, which takes jobs, and the environment of its users."""
     port, dashboard = free_port(), free_port()
-    environment = {**os.environ, "RAY_ADDRESS": ""}
+    environment = {**os.environ, "RAY_ADDRESS": "", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     command = [RAY, "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=2", "--disable-usage-stats",
                f"--dashboard-agent-listen-port={free_port()}", f"--ray-client-server-port={free_port()}"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
@@ -35,22 +37,24 @@ def head():
             break
     else:
         pytest.fail("no Ray head could be started")
-    yield port, dashboard
+    yield port, dashboard, environment
     process.terminate()
     process.communicate(timeout=60)
 
 
 def test_address_and_submitted_job(head, tmp_path):
     """By --address from outside, and by ray job submit from the checkout: two ways to the same shards."""
-    port, dashboard = head
+    port, dashboard, environment = head
     options = [str(option) for option in make_inputs(tmp_path)]
-    outside = start_command("run", *options, "--output-dir", tmp_path / "outside", "--address", f"127.0.0.1:{port}", "--json", cwd=tmp_path)
+    outside = start_command("run", *options, "--output-dir", tmp_path / "outside", "--address", f"127.0.0.1:{port}", "--json", cwd=tmp_path, env=environment)
     out, err = outside.communicate(timeout=200)
     assert outside.returncode == 0, err
+    # As a fresh clone is: what a developer keeps in dotted folders (.venv, caches) is not part of it, and uploads are limited.
+    shutil.copytree(ROOT, tmp_path / "clone", ignore=shutil.ignore_patterns(".*", "runs", "build", "dist", "__pycache__"))
     submitted = subprocess.run(
-        [RAY, "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--working-dir", str(ROOT), "--",
+        [RAY, "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--working-dir", str(tmp_path / "clone"), "--",
          sys.executable, "cli.py", "run", *options, "--output-dir", str(tmp_path / "submitted"), "--json"],
-        capture_output=True, text=True, timeout=300, cwd=tmp_path)
+        capture_output=True, text=True, timeout=300, cwd=tmp_path, env=environment)
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     result = json.loads(next(line for line in submitted.stdout.splitlines() if line.startswith("{")))
     assert result["perplexity"] == json.loads(out.splitlines()[-1])["perplexity"]
