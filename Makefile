@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test parity lint wheel clean
+.PHONY: demo test parity bench lint wheel clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -18,6 +18,9 @@ test: .venv/ready
 
 parity: .venv/ready
 	$(BIN)/python -m pytest tests/test_parity.py -m 'slow or not slow' -n 1
+
+bench: .venv/ready
+	$(BIN)/python -m pytest tests/benchmarks/bench_*.py -n 0
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -40,21 +40,39 @@ def check_address(address: str | None) -> None:
 @contextlib.contextmanager
 def connected(address: str | None, verbose: bool) -> Iterator[None]:
     """Use the cluster at `address` (or the one this driver was submitted to), or else start Ray on this machine for as
-    long as this lasts."""
+    long as this lasts. Inside another `connected`, that one's connection serves."""
+    if ray.is_initialized():
+        yield
+        return
     check_address(address)
     address = address or os.environ.get("RAY_ADDRESS")
+    # A worker without GPUs must not see all of them.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     quiet = dict(logging_level=logging.WARNING if verbose else logging.ERROR, log_to_driver=verbose)
     try:
         if address:
+            _offer_token()
             ray.init(address=address, runtime_env=_code_for(address), **quiet)
         else:
             ray.init(address="local", num_cpus=len(os.sched_getaffinity(0)), include_dashboard=False, **quiet)
     except (ConnectionError, RuntimeError, TimeoutError) as error:
-        raise UserError(f"--address {address} could not be joined: {' '.join(str(error).split())[:300]}") from None
+        what = f"--address {address} could not be joined" if address else "Ray could not be started on this machine"
+        raise UserError(f"{what}: {' '.join(str(error).split())[:300]}") from None
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _offer_token() -> None:
+    """A head started where a token lies asks for it, but Ray offers one only to a cluster that it found by itself."""
+    try:
+        from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+    except ImportError:
+        return  # a Ray without tokens
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it would warn that the cluster asks for one
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
 def _submitted() -> bool:

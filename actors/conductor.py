@@ -38,6 +38,7 @@ class Conductor:
     reporter: Reporter
     verbose: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
+    clusters: bool = False  # will routers be fitted?
 
     def __post_init__(self):
         self.actors: list = []
@@ -50,6 +51,9 @@ class Conductor:
             options = dict(num_cpus=self.crew.cpus, num_gpus=self.crew.gpus, max_restarts=0)
             self.actors = [LayerShard.options(**options).remote(rank, self.crew.threads, self.dtype, self.run, self.verbose)
                            for rank in range(self.crew.actors)]
+            if self.clusters:
+                for actor in self.actors:
+                    actor.warm_up.remote()
             self.devices = [name for name, _, _ in ray.get([actor.where.remote() for actor in self.actors])]
 
     def stop(self) -> None:

@@ -6,6 +6,7 @@ weights, tokens by expert, routers and finished experts. All state can be derive
 
 import logging
 import os
+import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from pipeline.devices import device_name, prepare_device
 from pipeline.expansion import RouterGroups, fit_router, routed_block, solve_experts, tap
 from pipeline.modeling_sparse_expansion import router_name
 from pipeline.perplexity import window_loss
+from pipeline.routing import load_libraries
 from pipeline.sampling import sample_windows
 
 log = logging.getLogger("sparse_expansion")
@@ -42,6 +44,10 @@ class LayerShard:
         self.rank, self.run = rank, run
         self.device = prepare_device(bool(ray.get_gpu_ids()), threads)
         self.dtype = getattr(torch, dtype)
+
+    def warm_up(self) -> None:
+        """Begin to load what clustering needs (cuML takes seconds) beside the first stages."""
+        threading.Thread(target=load_libraries, args=(self.device,), daemon=True).start()
 
     def where(self) -> tuple[str, int, str]:
         """Device type, process id and node, for logs and reports."""

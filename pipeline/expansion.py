@@ -71,9 +71,17 @@ def solve_experts(job: Job, linears: dict[str, Tensor], experts: list[int], toke
     stacked_RC = torch.cat([weight.float() for weight in linears.values()])
     grid = _stacked_grid(job, linears.values()) if job.quantize else None
     pieces, reports = [], []
-    for batch in _batches(experts, stacked_RC):
-        factor = inverse_factor(torch.stack([hessian(tokens[expert]) for expert in batch]))
-        weight_ERC, loss_ER = solve(stacked_RC, factor, job.pattern, rows, grid)
+    waiting = _batches(experts, stacked_RC)
+    while waiting:
+        batch = waiting.pop(0)
+        try:
+            factor = inverse_factor(torch.stack([hessian(tokens[expert]) for expert in batch]))
+            weight_ERC, loss_ER = solve(stacked_RC, factor, job.pattern, rows, grid)
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+            waiting[:0] = [batch[:len(batch) // 2], batch[len(batch) // 2:]]
+            continue
         pieces.append(weight_ERC.to(next(iter(linears.values())).dtype))
         zeros_ER = (pieces[-1] == 0).sum(-1)
         for place, expert in enumerate(batch):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-BATCH = 32  # windows sampled together; fixed, so that the windows do not depend on the machine's size
+TOKENS_PER_BATCH = 32768  # of windows sampled together: 16 GB of keys and values in a 7B model; fixed, so that the windows do not depend on the machine
 CACHE_NAMES = ("cache", "past_key_values")  # of a model's output and argument, by version of transformers
 
 
@@ -23,8 +23,9 @@ def sample_windows(directory: Path, count: int, length: int, seed: int, device: 
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(device).eval()
     generator = torch.Generator(device="cpu").manual_seed(seed)
     batches = []
-    for start in range(0, count, BATCH):
-        windows = min(BATCH, count - start)
+    batch = max(1, TOKENS_PER_BATCH // length)
+    for start in range(0, count, batch):
+        windows = min(batch, count - start)
         ids = torch.randint(model.config.vocab_size, (windows, 1), generator=generator)
         drawn, cache = [ids], {}
         for _ in range(length - 1):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -31,8 +32,9 @@ class Outcome:
 
 def start_command(*arguments: str, **options) -> subprocess.Popen:
     """The command line in a process of its own."""
+    # A suite that runs in the background ignores SIGINT, and so would its children.
     return subprocess.Popen([sys.executable, str(ROOT / "cli.py"), *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                            text=True, **options)
+                            text=True, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL), **options)
 
 
 def command(*arguments: str) -> Outcome:

@@ -99,12 +99,13 @@ def test_dead_columns_are_zeroed():
     torch.testing.assert_close(solved_ERC[0], textbook.sparsegpt(weight_RC, textbook.hessian(tokens_NC), 0.25), rtol=1e-8, atol=1e-8)
 
 
-def test_factor_is_the_upper_factor_of_the_inverse():
-    _, tokens_NC = problem(experts=2, rows=1, columns=80, tokens=300, seed=7)
+@pytest.mark.parametrize("columns", [80, 1100])
+def test_factor_is_the_upper_factor_of_the_inverse(columns: int):
+    _, tokens_NC = problem(experts=2, rows=1, columns=columns, tokens=4 * columns, seed=7)
     hessians = torch.stack([textbook.hessian(tokens) for tokens in tokens_NC])
     upper_ECC = inverse_factor(hessians).upper_ECC
     for hessian_CC, upper_CC in zip(hessians, upper_ECC):
-        damped_CC = hessian_CC + 0.01 * hessian_CC.diagonal().mean() * torch.eye(80)
+        damped_CC = hessian_CC + 0.01 * hessian_CC.diagonal().mean() * torch.eye(columns)
         torch.testing.assert_close(upper_CC, torch.linalg.cholesky(torch.linalg.inv(damped_CC), upper=True), rtol=1e-5, atol=1e-7)
 
 
@@ -181,3 +182,4 @@ def test_a_last_group_may_be_narrower():
     assert grid.scale_RG.shape == (4, 2)
     rounded = torch.stack([grid.round_column(weight_RC[None, :, column], column)[0] for column in range(100)], dim=1)
     assert (rounded - weight_RC).abs().max() <= grid.scale_RG.max() / 2 * 1.001
+

@@ -12,6 +12,8 @@ DAMPING = 0.01  # of the mean diagonal, as published
 # Total damping tried, in units of DAMPING: as published it is added again and again; later steps double so that it ends.
 LADDER = (1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
+SMALL = 512  # columns of a matrix that batched library routines are good for
+
 
 @dataclass
 class Factor:
@@ -46,7 +48,7 @@ def inverse_factor(hessian_ECC: Tensor) -> Factor:
         diagonal = reversed_diagonal_EC[pending] + (step - added) * unit_E[pending, None]
         reversed_diagonal_EC[pending] = diagonal
         added = step
-        factor, info = torch.linalg.cholesky_ex(reversed_ECC[pending])
+        factor, info = _cholesky(reversed_ECC[pending])
         good = (info == 0) & factor.flatten(1).isfinite().all(dim=1)
         lower_ECC[pending[good]] = factor[good]
         damping_E[pending[good].cpu()] = step * DAMPING
@@ -55,6 +57,29 @@ def inverse_factor(hessian_ECC: Tensor) -> Factor:
             break
     else:
         raise ArithmeticError(f"the Hessian of expert {int(pending[0])} in this batch is not finite")
-    identity = torch.eye(columns, dtype=lower_ECC.dtype, device=lower_ECC.device).expand_as(lower_ECC)
-    upper_ECC = torch.linalg.solve_triangular(lower_ECC, identity, upper=False).flip(1, 2).contiguous()
-    return Factor(upper_ECC, dead_EC, damping_E)
+    del reversed_ECC
+    _invert_lower(lower_ECC)
+    return Factor(lower_ECC.flip(1, 2), dead_EC, damping_E)
+
+
+def _cholesky(hessian_ECC: Tensor) -> tuple[Tensor, Tensor]:
+    """Lower factors and LAPACK's info. Large matrices one by one: batched routines are made for small ones."""
+    if hessian_ECC.shape[1] <= SMALL:
+        return torch.linalg.cholesky_ex(hessian_ECC)
+    factors, infos = zip(*(torch.linalg.cholesky_ex(hessian_CC) for hessian_CC in hessian_ECC))
+    return torch.stack(factors), torch.stack(infos)
+
+
+def _invert_lower(lower_ECC: Tensor) -> None:
+    """L^-1 in place. By halves, so that nearly all of it is matrix products: [[A, 0], [B, D]]^-1 = [[A^-1, 0], [-D^-1 B A^-1, D^-1]]."""
+    columns = lower_ECC.shape[1]
+    if columns <= SMALL:
+        identity = torch.eye(columns, dtype=lower_ECC.dtype, device=lower_ECC.device).expand_as(lower_ECC)
+        lower_ECC.copy_(torch.linalg.solve_triangular(lower_ECC, identity, upper=False))
+        return
+    half = columns // 2
+    first, second = lower_ECC[:, :half, :half], lower_ECC[:, half:, half:]
+    _invert_lower(first)
+    _invert_lower(second)
+    for below_CC, first_CC, second_CC in zip(lower_ECC[:, half:, :half], first, second):
+        below_CC.copy_((second_CC @ (below_CC @ first_CC)).neg_())

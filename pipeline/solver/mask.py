@@ -3,27 +3,44 @@
 Shapes: E experts, R rows (out features), B columns of one block, M group width of N:M.
 """
 
+import functools
+import importlib.util
+
 import torch
 from torch import Tensor
 
 
-def unstructured_mask(scores_ERB: Tensor, fraction: float, rows: list[int]) -> Tensor:
+def unstructured_mask(scores_EBR: Tensor, fraction: float, rows: list[int]) -> Tensor:
     """True where a weight is pruned: scores up to the one at index int(numel * fraction) in sorted order.
 
     The threshold is taken over all rows of one linear at once (`rows` lists the rows of the linears stacked in R) and
     separately for every expert. Source: SparseGPT (arXiv 2301.00774), its reference implementation's `thresh`.
     """
     if fraction == 0:
-        return torch.zeros_like(scores_ERB, dtype=torch.bool)
+        return torch.zeros_like(scores_EBR, dtype=torch.bool)
     masks = []
-    for scores in scores_ERB.split(rows, dim=1):
+    for scores in scores_EBR.split(rows, dim=2):
         flat = scores.flatten(1)
-        threshold_E = flat.kthvalue(int(flat.shape[1] * fraction) + 1, dim=1).values
+        threshold_E = _in_sorted_order(flat, int(flat.shape[1] * fraction))
         masks.append(scores <= threshold_E[:, None, None])
-    return torch.cat(masks, dim=1)
+    return torch.cat(masks, dim=2) if len(masks) > 1 else masks[0]
 
 
-def n_of_m_mask(scores_ERM: Tensor, n: int) -> Tensor:
+def _in_sorted_order(values_EN: Tensor, index: int) -> Tensor:
+    """The value at a place of every expert's sorted values, which are not negative."""
+    if values_EN.is_cuda and values_EN.dtype == torch.float32 and has_triton():
+        from pipeline.solver import select
+
+        return select.radix_select(values_EN, index)  # kthvalue gives a GPU one thread block an expert
+    return values_EN.kthvalue(index + 1, dim=1).values
+
+
+@functools.cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def n_of_m_mask(scores_EMR: Tensor, n: int) -> Tensor:
     """True where a weight is pruned: the M - n smallest scores of each row's M; `n` are kept."""
-    pruned = scores_ERM.topk(scores_ERM.shape[-1] - n, dim=-1, largest=False).indices
-    return torch.zeros_like(scores_ERM, dtype=torch.bool).scatter_(-1, pruned, True)
+    pruned = scores_EMR.topk(scores_EMR.shape[1] - n, dim=1, largest=False).indices
+    return torch.zeros_like(scores_EMR, dtype=torch.bool).scatter_(1, pruned, True)

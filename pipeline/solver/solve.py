@@ -9,10 +9,11 @@ from torch import Tensor
 
 from pipeline.pattern import Pattern
 from pipeline.solver.factor import Factor
-from pipeline.solver.mask import n_of_m_mask, unstructured_mask
+from pipeline.solver.mask import has_triton, n_of_m_mask, unstructured_mask
 from pipeline.solver.quantizer import Grid
 
 BLOCK = 128  # columns whose error is carried to the right by one matrix product, as published
+STRIP = 16  # columns of a block that stay in a CPU's cache together
 
 
 def solve(weight_RC: Tensor, factor: Factor, pattern: Pattern, rows: list[int], grid: Grid | None = None) -> tuple[Tensor, Tensor]:
@@ -28,7 +29,7 @@ def solve(weight_RC: Tensor, factor: Factor, pattern: Pattern, rows: list[int], 
     upper_ECC = factor.upper_ECC
     experts, columns = upper_ECC.shape[:2]
     block = BLOCK - BLOCK % pattern.m if pattern.is_n_of_m else BLOCK
-    weight_ECR = weight_RC.T.expand(experts, -1, -1).clone()
+    weight_ECR = weight_RC.T.expand(experts, -1, -1).clone(memory_format=torch.contiguous_format)
     weight_ECR.masked_fill_(factor.dead_EC[:, :, None], 0)
     loss_ER = weight_ECR.new_zeros(experts, len(weight_RC))
     for start in range(0, columns, block):
@@ -42,29 +43,51 @@ def solve(weight_RC: Tensor, factor: Factor, pattern: Pattern, rows: list[int], 
 
 def _solve_block(weight_EBR: Tensor, upper_EBB: Tensor, pattern: Pattern, rows: list[int], grid: Grid | None, start: int) -> Tensor:
     """Solve the columns of one block in place, left to right; returns the scaled errors (E, B, R)."""
-    diagonal_EB = upper_EBB.diagonal(dim1=1, dim2=2)
-    error_EBR = torch.empty_like(weight_EBR, memory_format=torch.contiguous_format)
-
-    def scores_ERB(first: int, last: int) -> Tensor:
-        return (weight_EBR[:, first:last] / diagonal_EB[:, first:last, None]).square_().transpose(1, 2)
-
+    pruned_EBR = None
     if not pattern.is_n_of_m:
-        pruned_EBR = unstructured_mask(scores_ERB(0, weight_EBR.shape[1]), pattern.fraction, rows).transpose(1, 2).contiguous()
-    for column in range(weight_EBR.shape[1]):
-        within = column % pattern.m if pattern.is_n_of_m else column
-        if pattern.is_n_of_m and within == 0:
-            pruned_EBR = n_of_m_mask(scores_ERB(column, column + pattern.m), pattern.n).transpose(1, 2)
-        dense_ER = weight_EBR[:, column].clone()
-        solved_ER = dense_ER.masked_fill(pruned_EBR[:, within], 0)
-        if grid is not None:
-            solved_ER = grid.round_column(solved_ER, start + column)
-        error_ER = torch.sub(dense_ER, solved_ER, out=error_EBR[:, column]).div_(diagonal_EB[:, column, None])
-        weight_EBR[:, column] = solved_ER
-        weight_EBR[:, column + 1:].addcmul_(upper_EBB[:, column, column + 1:, None], error_ER[:, None, :], value=-1)
+        diagonal_EB = upper_EBB.diagonal(dim1=1, dim2=2)
+        pruned_EBR = unstructured_mask(_scores(weight_EBR, diagonal_EB), pattern.fraction, rows)
+    if weight_EBR.is_cuda and weight_EBR.dtype == torch.float32 and has_triton():
+        from pipeline.solver import kernel
+
+        return kernel.solve_block(weight_EBR, upper_EBB, pruned_EBR, pattern, grid, start)
+    return _solve_columns(weight_EBR, upper_EBB, pruned_EBR, pattern, grid, start)
+
+
+def _solve_columns(weight_EBR: Tensor, upper_EBB: Tensor, pruned_EBR: Tensor | None, pattern: Pattern, grid: Grid | None, start: int) -> Tensor:
+    """The kernel's plain twin. Columns go in strips of about STRIP: inside one, column by column in the cache; what is right of it
+    in the block follows by one matrix product."""
+    error_EBR = torch.empty_like(weight_EBR, memory_format=torch.contiguous_format)
+    diagonal_EB = upper_EBB.diagonal(dim1=1, dim2=2)
+    columns = weight_EBR.shape[1]
+    strip = -(-STRIP // pattern.m) * pattern.m if pattern.is_n_of_m else STRIP
+    for first in range(0, columns, strip):
+        last = min(first + strip, columns)
+        for column in range(first, last):
+            if pattern.is_n_of_m and column % pattern.m == 0:
+                group = slice(column, column + pattern.m)
+                pruned_EMR = n_of_m_mask(_scores(weight_EBR[:, group], diagonal_EB[:, group]), pattern.n)
+            pruned_ER = pruned_EMR[:, column % pattern.m] if pattern.is_n_of_m else pruned_EBR[:, column]
+            dense_ER = weight_EBR[:, column].clone()
+            solved_ER = dense_ER.masked_fill(pruned_ER, 0)
+            if grid is not None:
+                solved_ER = grid.round_column(solved_ER, start + column)
+            error_ER = torch.sub(dense_ER, solved_ER, out=error_EBR[:, column]).div_(diagonal_EB[:, column, None])
+            weight_EBR[:, column] = solved_ER
+            weight_EBR[:, column + 1:last].addcmul_(upper_EBB[:, column, column + 1:last, None], error_ER[:, None, :], value=-1)
+        _carry_right(weight_EBR[:, last:], upper_EBB[:, first:last, last:], error_EBR[:, first:last])
     return error_EBR
 
 
+def _scores(weight_EBR: Tensor, diagonal_EB: Tensor) -> Tensor:
+    """SparseGPT's score of every weight (E, B, R): what its going costs."""
+    return (weight_EBR / diagonal_EB[:, :, None]).square_()
+
+
 def _carry_right(weight_ECR: Tensor, upper_EBC: Tensor, error_EBR: Tensor) -> None:
-    """weight -= upper^T error, expert by expert: the result of one expert then never depends on its neighbours in the batch."""
+    """weight -= upper^T error. On a CPU expert by expert: a result then never depends on its neighbours in the batch."""
+    if weight_ECR.is_cuda:
+        weight_ECR.baddbmm_(upper_EBC.transpose(1, 2), error_EBR, alpha=-1)
+        return
     for weight_CR, upper_BC, error_BR in zip(weight_ECR, upper_EBC, error_EBR):
         weight_CR.addmm_(upper_BC.T, error_BR, alpha=-1)
