@@ -11,9 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Restarts run on a sample of the tokens; the best few go on over all of them, and the best of those is kept.
-SAMPLE, SAMPLE_PER_CLUSTER, POLISHED = 16384, 512, 2
-
 
 @dataclass
 class Routing:
@@ -41,7 +38,7 @@ class _Clusters:
 def fit(tokens_NC: Tensor, num_clusters: int, components: int | None, restarts: int, seed: int) -> Routing:
     """Cluster the tokens: PCA to `components` dimensions (None: no PCA), then the best of `restarts` KMeans runs.
 
-    Euclidean KMeans with k-means++ starts, as published; restart r starts from seed + r. Of many tokens, see `_sample`.
+    Euclidean KMeans, as published. scikit-learn starts by k-means++ and restart r from seed + r; cuML by its own k-means||.
     """
     if num_clusters == 1:
         clusters = _one_cluster(tokens_NC)
@@ -84,14 +81,6 @@ def _has_cuml(device: torch.device) -> bool:
     return True
 
 
-def _sample(tokens: int, num_clusters: int, seed: int) -> Tensor | None:
-    """Places of the tokens that the restarts run on, in order; None where there are too few to gain by it."""
-    size = max(SAMPLE, SAMPLE_PER_CLUSTER * num_clusters)
-    if tokens < 2 * size:
-        return None
-    return torch.randperm(tokens, generator=torch.Generator().manual_seed(seed))[:size].sort().values
-
-
 def _fit_sklearn(tokens_NC: Tensor, num_clusters: int, components: int | None, restarts: int, seed: int) -> _Clusters:
     from sklearn.cluster import KMeans
     from sklearn.decomposition import PCA
@@ -106,20 +95,15 @@ def _fit_sklearn(tokens_NC: Tensor, num_clusters: int, components: int | None, r
             projected = np.ascontiguousarray(pca.transform(tokens))
         mean, axes = pca.mean_, pca.components_
 
-    def run(data: np.ndarray, **start) -> KMeans:
-        # scikit-learn sums over its threads in the order in which they finish, so a run has one thread and the runs share the
-        # cores: the same bits every time, and faster. OpenMP's limit belongs to the thread that sets it.
+    def restart(number: int) -> KMeans:
+        # scikit-learn sums over its threads in the order in which they finish, so a run has one thread and the restarts share
+        # the cores: the same bits every time, and faster. OpenMP's limit belongs to the thread that sets it.
         with threadpool_limits(1, user_api="openmp"), warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct tokens than clusters: empty experts are reported
-            return KMeans(num_clusters, n_init=1, **start).fit(data)
+            return KMeans(num_clusters, n_init=1, random_state=seed + number).fit(projected)
 
-    places = _sample(len(tokens), num_clusters, seed)
-    sample = projected if places is None else projected[places.numpy()]
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        runs = sorted(threads.map(lambda number: run(sample, random_state=seed + number), range(restarts)), key=lambda kmeans: kmeans.inertia_)
-        if places is not None:
-            runs = list(threads.map(lambda kmeans: run(projected, init=kmeans.cluster_centers_), runs[:POLISHED]))
-    best = min(runs, key=lambda kmeans: kmeans.inertia_)
+        best = min(threads.map(restart, range(restarts)), key=lambda kmeans: kmeans.inertia_)
     to_tensor = lambda array: torch.from_numpy(np.ascontiguousarray(array)).to(tokens_NC.device)  # noqa: E731
     return _Clusters(
         to_tensor(mean), None if axes is None else to_tensor(axes), to_tensor(best.cluster_centers_), to_tensor(best.labels_),
@@ -136,13 +120,5 @@ def _fit_cuml(tokens_NC: Tensor, num_clusters: int, components: int | None, rest
         mean_C, axes_DC = to_tensor(pca.mean_).reshape(-1), to_tensor(pca.components_)
         projected = to_tensor(pca.transform(tokens_NC)).contiguous()
 
-    def run(data: Tensor, **start) -> KMeans:
-        return KMeans(n_clusters=num_clusters, n_init=1, output_type="cupy", **start).fit(data)
-
-    places = _sample(len(tokens_NC), num_clusters, seed)
-    sample = projected if places is None else projected[places.to(projected.device)].contiguous()
-    runs = sorted((run(sample, random_state=seed + number) for number in range(restarts)), key=lambda kmeans: kmeans.inertia_)
-    if places is not None:
-        runs = [run(projected, init=kmeans.cluster_centers_) for kmeans in runs[:POLISHED]]
-    best = min(runs, key=lambda kmeans: kmeans.inertia_)
-    return _Clusters(mean_C, axes_DC, to_tensor(best.cluster_centers_), to_tensor(best.labels_), float(best.inertia_))
+    kmeans = KMeans(n_clusters=num_clusters, n_init=restarts, random_state=seed, output_type="cupy").fit(projected)
+    return _Clusters(mean_C, axes_DC, to_tensor(kmeans.cluster_centers_), to_tensor(kmeans.labels_), float(kmeans.inertia_))
