@@ -16,11 +16,11 @@ from torch import Tensor
 from actors.cluster import Crew, deal
 from actors.layer_shard import LayerShard, Task
 from actors.progress import Reporter
+from pipeline.architectures import Architecture
 from pipeline.assembly import Assembly
 from pipeline.checkpoint import RunDirectory
 from pipeline.config import Job
 from pipeline.errors import UserError
-from pipeline.expansion import RouterGroups
 from pipeline.perplexity import Perplexity
 from pipeline.windows import Windows
 
@@ -38,7 +38,7 @@ class Conductor:
     reporter: Reporter
     verbose: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
-    clusters: bool = False  # will routers be fitted?
+    warm: Job | None = None  # the job that the actors warm up for
 
     def __post_init__(self):
         self.actors: list = []
@@ -51,10 +51,9 @@ class Conductor:
             options = dict(num_cpus=self.crew.cpus, num_gpus=self.crew.gpus, max_restarts=0)
             self.actors = [LayerShard.options(**options).remote(rank, self.crew.threads, self.dtype, self.run, self.verbose)
                            for rank in range(self.crew.actors)]
-            if self.clusters:
-                for actor in self.actors:
-                    actor.warm_up.remote()
             self.devices = [name for name, _, _ in ray.get([actor.where.remote() for actor in self.actors])]
+            if self.warm:
+                ray.get([actor.warm_up.remote(self.warm) for actor in self.actors])
 
     def stop(self) -> None:
         for actor in self.actors:
@@ -88,34 +87,36 @@ class Conductor:
 
     # Expansion
 
-    def expand(self, job: Job, directory: Path, groups: RouterGroups, windows: Windows, run: RunDirectory) -> None:
+    def expand(self, job: Job, directory: Path, architecture: Architecture, windows: Windows, run: RunDirectory) -> None:
         """Make every missing layer, in order."""
-        self.restarting(lambda: self._expand_missing(job, directory, groups, windows, run),
+        self.restarting(lambda: self._expand_missing(job, directory, architecture, windows, run),
                         lambda: len(run.missing_layers()))
 
-    def _expand_missing(self, job: Job, directory: Path, groups: RouterGroups, windows: Windows, run: RunDirectory) -> None:
+    def _expand_missing(self, job: Job, directory: Path, architecture: Architecture, windows: Windows, run: RunDirectory) -> None:
         missing = run.missing_layers()
         if not missing:
             return
-        numbered = list(enumerate(windows.groups()))
-        starts, position = {}, 0
-        for number, ids_WL in numbered:
-            starts[number] = (position, position + ids_WL.numel())
-            position += ids_WL.numel()
-        shares = deal(numbered, len(self.actors))
+        shares = self._shares(windows)
+        starts = [sum(ids_WL.numel() for share in shares[:rank] for _, ids_WL in share) for rank in range(len(shares))]
         with self._timed("embed"):
-            ray.get([actor.begin.remote(job, directory, groups, dict(share)) for actor, share in zip(self.actors, shares)])
+            ray.get([actor.begin.remote(job, directory, architecture, dict(share), start) for actor, share, start in zip(self.actors, shares, starts)])
         owners = [actor for actor, blocks in zip(self.actors, deal(list(range(run.num_blocks)), len(self.actors))) for _ in blocks]
+        following = owners[0].publish.remote(0)
         for index in range(missing[-1] + 1):
-            weights = owners[index].publish.remote(index)
+            # The next block's weights are read while this one is computed.
+            weights, following = following, owners[index + 1].publish.remote(index + 1) if index < missing[-1] else None
             if index in missing:
-                self._expand_block(index, weights, owners[index], job, groups, run)
+                self._expand_block(index, weights, owners[index], job, architecture, run)
             else:
                 with self._timed("replay"):
                     self.reporter.stage("replay", f"layer {index + 1} of {run.num_blocks}")
-                    ray.get([actor.replay.remote(index, weights, starts) for actor in self.actors])
+                    ray.get([actor.replay.remote(index, weights) for actor in self.actors])
 
-    def _expand_block(self, index: int, weights: ray.ObjectRef, owner, job: Job, groups: RouterGroups, run: RunDirectory) -> None:
+    def _shares(self, windows: Windows) -> list[list[tuple[int, Tensor]]]:
+        """Each actor's consecutive window groups, numbered."""
+        return deal(list(enumerate(windows.groups("cuda" if self.crew.gpus else "cpu"))), len(self.actors))
+
+    def _expand_block(self, index: int, weights: ray.ObjectRef, owner, job: Job, architecture: Architecture, run: RunDirectory) -> None:
         layer = f"layer {index + 1} of {run.num_blocks}"
         seconds: dict[str, float] = {}
 
@@ -126,24 +127,25 @@ class Conductor:
         with stage("capture"):
             ray.get([actor.capture.remote(index, weights) for actor in self.actors])
         with stage("cluster"):
-            fits = [self._fit(router, self.actors[(index + router) % len(self.actors)]) for router in range(len(groups))]
+            fits = [self._fit(router, self.actors[(index + router) % len(self.actors)]) for router in range(len(architecture.router_groups))]
             fitted = ray.get(fits)
             self.reporter.advance(0.3)
         with stage("solve"):
             tasks, solvers = self._assign(fitted)
             reports = ray.get([self._solve(fits[task.router], task, solver) for task, solver in zip(tasks, solvers)])
             self.reporter.advance(0.6)
-        with stage("write"):
-            # Only what another actor solved moves; on one actor nothing does.
+        with stage("propagate"):
+            # Only what another actor solved moves; on one actor nothing does. The shard is written meanwhile.
             finished = [solver.experts.remote(task) if len(self.actors) > 1 else None for task, solver in zip(tasks, solvers)]
             everywhere = ray.put(fitted)
 
             def from_others(actor) -> list[ray.ObjectRef]:
                 return [experts for experts, solver in zip(finished, solvers) if solver != actor]
 
-            digest = ray.get(owner.write.remote(index, everywhere, tasks, *from_others(owner)))
-        with stage("propagate"):
+            written = owner.write.remote(index, everywhere, tasks, *from_others(owner))
             ray.get([actor.propagate.remote(index, everywhere, tasks, *from_others(actor)) for actor in self.actors])
+        with stage("write"):
+            digest = ray.get(written)
         for key in seconds:
             run.add_seconds(key, seconds[key])
         run.record_layer(index, digest, seconds, sorted(sum(reports, []), key=lambda report: (report["router"], report["expert"])))
@@ -183,7 +185,7 @@ class Conductor:
         return Perplexity.of(losses, windows.source, windows.length, self.dtype)
 
     def _evaluate(self, what: str, directory: Path, windows: Windows, num_blocks: int) -> list[float]:
-        shares = deal(list(enumerate(windows.groups())), len(self.actors))
+        shares = self._shares(windows)
         ray.get([actor.begin_evaluation.remote(directory, dict(share)) for actor, share in zip(self.actors, shares)])
         for index in range(num_blocks):
             self.reporter.stage(f"evaluate {what}", f"layer {index + 1} of {num_blocks}")

@@ -8,7 +8,7 @@ from actors.cluster import check_address, connected, size_crew
 from actors.conductor import EVALUATION_COST, Conductor
 from actors.progress import Bar
 from pipeline import preflight, statistics
-from pipeline.architectures import architecture_of
+from pipeline.architectures import Architecture
 from pipeline.assembly import Assembly
 from pipeline.card import write_card
 from pipeline.checkpoint import RunDirectory, check_directory
@@ -26,7 +26,7 @@ def run(job: Job) -> dict:
     check_directory(job.run_directory, job.recipe(), job.resume)
     check_address(job.address)
     source = preflight.find_model(job.model, job.model_size, job.revision, job.cache_dir)
-    groups = preflight.check_shapes(job, source)
+    architecture = preflight.check_shapes(job, source)
     reading = time.monotonic()
     calibration = _read(preflight.calibration_request(job, source), source)
     request = preflight.evaluation_request(job, source, calibration.length)
@@ -42,11 +42,11 @@ def run(job: Job) -> dict:
         crew = size_crew(job.actors, job.threads)
         dtype = job.dtype_on("cuda" if crew.gpus else "cpu", source.checkpoint_dtype)
         bar = Bar(source.num_blocks * (1.0 + EVALUATION_COST * (evaluation is not None) * (2 - job.no_dense)), job.verbose)
-        conductor = Conductor(crew, dtype, directory.path, bar, job.verbose, {"windows": reading}, clusters=job.num_clusters > 1)
+        conductor = Conductor(crew, dtype, directory.path, bar, job.verbose, {"windows": reading}, warm=job)
         try:
             bar.stage("start", f"{crew.actors} actor{'s' if crew.actors > 1 else ''} of {'a GPU' if crew.gpus else f'{crew.threads} CPU threads'}")
             conductor.start()
-            return _Run(job, source, groups, directory, conductor, bar).finish(identity | {"dtype": dtype}, calibration, evaluation, started)
+            return _Run(job, source, architecture, directory, conductor, bar).finish(identity | {"dtype": dtype}, calibration, evaluation, started)
         finally:
             conductor.stop()
             bar.close()
@@ -56,7 +56,7 @@ def run(job: Job) -> dict:
 class _Run:
     job: Job
     source: Source
-    groups: tuple[tuple[str, ...], ...]
+    architecture: Architecture
     directory: RunDirectory
     conductor: Conductor
     bar: Bar
@@ -71,7 +71,7 @@ class _Run:
         evaluation = evaluation and self._settled(evaluation, "evaluation")
         done = source.num_blocks - len(run.missing_layers())
         self.bar.advance(done)
-        conductor.expand(job, source.directory, self.groups, calibration, run)
+        conductor.expand(job, source.directory, self.architecture, calibration, run)
         layers = run.manifest["layers"]
         statistics.write_expert_table(layers, run.path / "stats" / "experts.parquet")
         if "model" not in run.manifest:
@@ -105,10 +105,9 @@ class _Run:
         return windows
 
     def _assembly(self) -> Assembly:
-        blocks = architecture_of(self.source.config.model_type, self.source.name).blocks
         recipe = {"dense_model": self.source.described(), **self.job.recipe()}
-        return Assembly(self.source.directory, self.directory.path, self.job.num_clusters, self.groups, blocks,
-                        self.conductor.dtype, recipe)
+        return Assembly(self.source.directory, self.directory.path, self.job.num_clusters, self.architecture.router_groups,
+                        self.architecture.blocks, self.conductor.dtype, recipe)
 
     def _evaluated(self, what: str, which: str, directory: Path, windows: Windows) -> Perplexity:
         key = digest({"what": what, "which": which, "windows": windows.digest(), "dtype": self.conductor.dtype})

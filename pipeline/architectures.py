@@ -9,16 +9,17 @@ from pipeline.errors import UserError
 class Architecture:
     """`blocks`: path of the list of transformer blocks inside the causal LM. `router_groups`: linears by their path in a
     block; those of one group read the same input and share a router. The first group reads the FFN input, the second the
-    input of the down projection."""
+    input of the down projection, which is the last linear to run. `attention`: path in a block of what runs before both."""
 
     blocks: str
     router_groups: tuple[tuple[str, ...], ...]
+    attention: str = "self_attn"
 
 
 _GATED = (("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
 
 ARCHITECTURES = {
-    "gpt_neox": Architecture("gpt_neox.layers", (("mlp.dense_h_to_4h",), ("mlp.dense_4h_to_h",))),
+    "gpt_neox": Architecture("gpt_neox.layers", (("mlp.dense_h_to_4h",), ("mlp.dense_4h_to_h",)), "attention"),
     "llama": Architecture("model.layers", _GATED),
     "mistral": Architecture("model.layers", _GATED),
     "qwen2": Architecture("model.layers", _GATED),

@@ -78,6 +78,10 @@ class BlockwiseModel:
     def num_blocks(self) -> int:
         return len(self._blocks)
 
+    @property
+    def vocabulary(self) -> int:
+        return getattr(self.config, "text_config", self.config).vocab_size
+
     def linear_shapes(self, index: int) -> dict[str, tuple[int, int]]:
         """(R, C) of every linear of a block, by path; nothing is loaded."""
         return {path: (module.out_features, module.in_features)

@@ -1,49 +1,100 @@
-"""One block: inputs -> routers -> Hessians -> experts. Reads like the method.
+"""One block: inputs -> routers -> Hessians -> experts -> the next block's inputs. Reads like the method.
 
-    inputs  = tap(model, block, index, hidden, architecture)       what each router's linears read, from the dense block
-    routing = fit_router(job, all tokens of that input)            PCA + KMeans
-    experts = solve_experts(job, linears, tokens of each expert)   SparseGPT, batched
-    routed  = routed_block(block, ...)                             the block with its experts, for the next block's inputs
+    captured = capture(model, block, index, hidden, architecture)      what each router's linears read, from the dense block
+    routing  = fit_router(job, captured.inputs[router])                PCA + KMeans
+    tokens   = TokensByExpert(captured.inputs[router], labels, ...)    sorted once
+    experts  = solve_experts(job, linears, [0, 1, ...], tokens.of, counts)    SparseGPT, batched
+    propagate(model, block, index, hidden, architecture, experts, ...) the block with its experts; `hidden` becomes its outputs
 
 Shapes: W windows, L tokens of a window, H hidden size, N tokens, C columns (in features), R rows (out features), E experts.
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeline import routing
+from pipeline.architectures import Architecture
 from pipeline.blocks import BlockwiseModel
 from pipeline.config import Job
 from pipeline.gram import hessian
 from pipeline.modeling_sparse_expansion import RoutedLinear, expand, router_name
 from pipeline.solver import Grid, find_grid, inverse_factor, solve
 
-RouterGroups = tuple[tuple[str, ...], ...]
+
+@dataclass
+class Captured:
+    """What a pass of the dense block leaves. `inputs`: for each router its linears' inputs (N, C), in window order.
+    `attention`: by window group what the attention returned, which is the same when the experts run."""
+
+    inputs: list[Tensor]
+    attention: dict[int, Any]
 
 
-def tap(model: BlockwiseModel, block: nn.Module, index: int, hidden: dict[int, Tensor], groups: RouterGroups) -> list[dict[int, Tensor]]:
-    """For each router, the inputs (N, C) of its linears by window group, in one pass of the dense block.
+class _Tapped(Exception):
+    """All inputs are known; what the block would go on to compute is not wanted."""
 
-    The down projection is tapped in the same pass: it is fitted on what the dense gate and up produce, as published.
-    """
-    inputs: list[dict[int, Tensor]] = [{} for _ in groups]
-    for number, hidden_WLH in hidden.items():
-        def keep(tapped: dict[int, Tensor], number: int = number):
-            return lambda _, args: tapped.__setitem__(number, args[0].reshape(-1, args[0].shape[-1]))
 
-        hooks = [block.get_submodule(group[0]).register_forward_pre_hook(keep(tapped)) for group, tapped in zip(groups, inputs)]
-        model.run(block, index, hidden_WLH)
+def capture(model: BlockwiseModel, block: nn.Module, index: int, hidden: dict[int, Tensor], architecture: Architecture) -> Captured:
+    """One pass of the dense block for every window group (W, L, H) of `hidden`, up to the down projection, whose input it taps
+    too: that one is fitted on what the dense gate and up produce, as published."""
+    groups = architecture.router_groups
+    tokens = sum(hidden_WLH.shape[:2].numel() for hidden_WLH in hidden.values())
+    captured = Captured([torch.empty(0)] * len(groups), {})
+    done = 0
+
+    def keep(router: int):
+        def hook(_, args):
+            tapped_NC = args[0].reshape(-1, args[0].shape[-1])
+            if done == 0:
+                captured.inputs[router] = tapped_NC.new_empty(tokens, tapped_NC.shape[1])
+            captured.inputs[router][done:done + len(tapped_NC)] = tapped_NC
+            if router == len(groups) - 1:
+                raise _Tapped
+        return hook
+
+    hooks = [block.get_submodule(group[0]).register_forward_pre_hook(keep(router)) for router, group in enumerate(groups)]
+    number = -1
+    # Attention returns its output and, from some implementations, its large matrix of weights, which nobody reads.
+    hooks.append(block.get_submodule(architecture.attention).register_forward_hook(
+        lambda _, args, output: captured.attention.__setitem__(number, (output[0], None))))
+    try:
+        for number, hidden_WLH in hidden.items():  # noqa: B007 (the hook reads it)
+            try:
+                model.run(block, index, hidden_WLH)
+            except _Tapped:
+                done += hidden_WLH.shape[:2].numel()
+    finally:
         for hook in hooks:
             hook.remove()
-    return inputs
+    assert done == tokens, "the last router's linear did not run"
+    return captured
 
 
 def fit_router(job: Job, tokens_NC: Tensor) -> routing.Routing:
     components = job.components(tokens_NC.shape[1])
     return routing.fit(tokens_NC, job.num_clusters, components, job.kmeans_restarts, job.seed)
+
+
+class TokensByExpert:
+    """Tokens (N, C) sorted by their experts once, each expert's in window order."""
+
+    def __init__(self, tokens_NC: Tensor, labels_N: Tensor, num_experts: int):
+        self._tokens_NC = tokens_NC
+        self._order_N = labels_N.argsort(stable=True)
+        self._ends = [0, *torch.bincount(labels_N.long(), minlength=num_experts).cumsum(0).tolist()]
+
+    def of(self, expert: int) -> Tensor:
+        if self._ends[expert + 1] - self._ends[expert] == len(self._tokens_NC):
+            return self._tokens_NC
+        return self._tokens_NC[self._order_N[self._ends[expert]:self._ends[expert + 1]]]
+
+    def all(self) -> Tensor:
+        return self._tokens_NC
 
 
 @dataclass
@@ -59,42 +110,51 @@ class ExpertReport:
     loss: dict[str, float]  # by linear: 2/n squared output error on the expert's tokens, summed over rows
 
 
-def solve_experts(job: Job, linears: dict[str, Tensor], experts: list[int], tokens: dict[int, list[Tensor]],
+def solve_experts(job: Job, linears: dict[str, Tensor], experts: list[int], tokens_of: Callable[[int], Tensor],
                   counts: list[int]) -> tuple[dict[str, Tensor], list[ExpertReport]]:
     """The sparse experts of linears that share an input.
 
-    linears: dense weights (R, C) by path. tokens: for each of `experts`, its tokens in parts (N, C), in window order; for an
-    expert that no token goes to, all tokens. counts: tokens of every expert. Returns weights (E, R, C) by path, in the
-    linears' dtype and the order of `experts`.
+    linears: dense weights (R, C) by path. tokens_of: the tokens (N, C) of an expert, in window order; for an expert that no
+    token goes to, all tokens. counts: tokens of every expert. Returns weights (E, R, C) by path, in the linears' dtype and
+    the order of `experts`.
     """
     rows = [len(weight) for weight in linears.values()]
     stacked_RC = torch.cat([weight.float() for weight in linears.values()])
     grid = _stacked_grid(job, linears.values()) if job.quantize else None
-    pieces, reports = [], []
+    dtype = next(iter(linears.values())).dtype
+    weights = {path: weight.new_empty(len(experts), *weight.shape) for path, weight in linears.items()}
+    reports: list[tuple] = []
     waiting = _batches(experts, stacked_RC)
     while waiting:
         batch = waiting.pop(0)
         try:
-            factor = inverse_factor(torch.stack([hessian(tokens[expert]) for expert in batch]))
-            weight_ERC, loss_ER = solve(stacked_RC, factor, job.pattern, rows, grid)
+            factor = inverse_factor(_hessians(batch, tokens_of))
+            weight_ERC, loss_ER = solve(stacked_RC, factor, job.pattern, rows, grid, dtype)
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise
             waiting[:0] = [batch[:len(batch) // 2], batch[len(batch) // 2:]]
             continue
-        pieces.append(weight_ERC.to(next(iter(linears.values())).dtype))
-        zeros_ER = (pieces[-1] == 0).sum(-1)
-        for place, expert in enumerate(batch):
-            reports.append(ExpertReport(
-                expert, counts[expert], counts[expert] == 0, float(factor.damping_E[place]), int(factor.dead_EC[place].sum()),
-                {path: int(zeros) / (count * stacked_RC.shape[1]) for path, zeros, count in zip(linears, _row_sums(zeros_ER[place], rows), rows)},
-                {path: float(loss) for path, loss in zip(linears, _row_sums(loss_ER[place], rows))}))
-    weights = torch.cat(pieces).split(rows, dim=1)
-    return {path: weight_ERC.contiguous() for path, weight_ERC in zip(linears, weights)}, reports
+        done = slice(len(reports), len(reports) + len(batch))
+        for linear_ERC, part_ERC in zip(weights.values(), weight_ERC.split(rows, dim=1)):
+            linear_ERC[done] = part_ERC
+        zeros_EP = torch.stack([(part_ERC == 0).sum(dim=(1, 2)) for part_ERC in weight_ERC.split(rows, dim=1)], dim=1)
+        loss_EP = torch.stack([part_ER.sum(1) for part_ER in loss_ER.split(rows, dim=1)], dim=1)
+        reports += zip(batch, factor.damping_E.tolist(), factor.dead_EC.sum(1).tolist(), zeros_EP.tolist(), loss_EP.tolist())
+    sizes = [weight.numel() for weight in linears.values()]
+    return weights, [
+        ExpertReport(expert, counts[expert], counts[expert] == 0, damping, dead,
+                     {path: count / size for path, count, size in zip(linears, zeros, sizes)}, dict(zip(linears, losses)))
+        for expert, damping, dead, zeros, losses in reports]
 
 
-def _row_sums(values_R: Tensor, rows: list[int]) -> list[Tensor]:
-    return [part.sum() for part in values_R.split(rows)]
+def _hessians(experts: list[int], tokens_of: Callable[[int], Tensor]) -> Tensor:
+    first_CC = hessian(tokens_of(experts[0]))
+    hessian_ECC = first_CC.new_empty(len(experts), *first_CC.shape)
+    hessian_ECC[0] = first_CC
+    for place, expert in enumerate(experts[1:], 1):
+        hessian_ECC[place] = hessian(tokens_of(expert))
+    return hessian_ECC
 
 
 def _stacked_grid(job: Job, weights) -> Grid:
@@ -103,9 +163,9 @@ def _stacked_grid(job: Job, weights) -> Grid:
 
 
 def _batches(experts: list[int], weight_RC: Tensor) -> list[list[int]]:
-    """As many experts at a time as half of the free memory holds: six matrices of the Hessian's size, three of the weight's."""
+    """As many experts at a time as half of the free memory holds: four matrices of the Hessian's size, three of the weight's."""
     rows, columns = weight_RC.shape
-    each = 4 * columns * (6 * columns + 3 * rows)
+    each = 4 * columns * (4 * columns + 3 * rows)
     free = torch.cuda.mem_get_info(weight_RC.device)[0] if weight_RC.is_cuda else 4 << 30
     size = max(1, min(len(experts), free // 2 // each))
     return [experts[start:start + size] for start in range(0, len(experts), size)]
@@ -122,9 +182,10 @@ class FixedRouter(nn.Module):
         return self.labels_N
 
 
-def routed_block(block: nn.Module, groups: RouterGroups, weights: dict[str, Tensor]) -> tuple[nn.Module, list[FixedRouter]]:
+def routed_block(block: nn.Module, architecture: Architecture, weights: dict[str, Tensor]) -> tuple[nn.Module, list[FixedRouter]]:
     """A copy of a dense block with experts (weights (E, R, C) by path of the linear), and its routers, one for each group,
     whose `labels_N` are to be set before every call."""
+    groups = architecture.router_groups
     shared = {id(parameter): parameter for parameter in block.parameters()}  # not copied
     routed = copy.deepcopy(block, shared)
     fixed = [FixedRouter() for _ in groups]
@@ -139,3 +200,23 @@ def routed_block(block: nn.Module, groups: RouterGroups, weights: dict[str, Tens
         parent_path, _, name = router_name(list(group)).rpartition(".")
         delattr(routed.get_submodule(parent_path), name)
     return routed, fixed
+
+
+def propagate(model: BlockwiseModel, block: nn.Module, index: int, hidden: dict[int, Tensor], architecture: Architecture,
+              weights: dict[str, Tensor], labels: list[Tensor], attention: dict[int, Any] | None = None) -> None:
+    """Replace every window group of `hidden` by the output of the block with its experts.
+
+    labels: for each router the expert (N) of all these tokens, in window order. attention: `Captured.attention`, where the
+    block has been captured on the same inputs; it is used up.
+    """
+    routed, routers = routed_block(block, architecture, weights)
+    done = 0
+    for number, hidden_WLH in hidden.items():
+        tokens = hidden_WLH.shape[:2].numel()
+        for router, labels_N in zip(routers, labels):
+            router.labels_N = labels_N[done:done + tokens].long()
+        if attention is not None:
+            known = attention.pop(number)
+            routed.get_submodule(architecture.attention).forward = lambda *_, known=known, **__: known
+        hidden[number] = model.run(routed, index, hidden_WLH)
+        done += tokens

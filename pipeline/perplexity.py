@@ -9,10 +9,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from pipeline.blocks import BlockwiseModel
 
-def window_loss(logits_LV: Tensor, ids_L: Tensor) -> float:
-    """Mean cross entropy, in nats, of the L - 1 tokens that have one before them; float32."""
-    return float(functional.cross_entropy(logits_LV[:-1].float(), ids_L[1:].to(logits_LV.device)))
+LOGITS = 1 << 26  # that are held at a time: 256 MB in float32
+
+
+def window_losses(model: BlockwiseModel, hidden_WLH: Tensor, ids_WL: Tensor) -> list[float]:
+    """For each window of a group that has left the last block, the mean cross entropy, in nats, of the L - 1 tokens that
+    have one before them; float32."""
+    windows = max(1, LOGITS // (ids_WL.shape[1] * model.vocabulary))
+    losses = []
+    for some_WLH, some_WL in zip(hidden_WLH.split(windows), ids_WL.split(windows)):
+        logits_WLV = model.head(some_WLH)
+        for logits_LV, ids_L in zip(logits_WLV, some_WL.to(logits_WLV.device)):
+            losses.append(functional.cross_entropy(logits_LV[:-1].float(), ids_L[1:]))
+    return torch.stack(losses).tolist()
 
 
 @dataclass

@@ -8,11 +8,10 @@ import torch
 from transformers import AutoTokenizer
 
 from pipeline import sources
-from pipeline.architectures import architecture_of
+from pipeline.architectures import Architecture, architecture_of
 from pipeline.blocks import BlockwiseModel, read_config
 from pipeline.config import Job, allowed
 from pipeline.errors import UserError
-from pipeline.expansion import RouterGroups
 from pipeline.modeling_sparse_expansion import SparseExpansionConfig
 from pipeline.texts import HUB_SETS
 from pipeline.weights import Checkpoint
@@ -72,8 +71,8 @@ def find_model(model: str, model_size: str | None, revision: str | None, cache_d
     return Source(directory, name, revision, config, fingerprint)
 
 
-def check_shapes(job: Job, source: Source) -> RouterGroups:
-    """The linears to expand, by router. Raises UserError where an option does not fit their widths."""
+def check_shapes(job: Job, source: Source) -> Architecture:
+    """What is to be expanded. Raises UserError where an option does not fit their widths."""
     if source.is_expanded:
         raise UserError(f"--model {source.name} is already expanded; give the dense model it came from.")
     architecture = architecture_of(source.config.model_type, source.name)
@@ -88,7 +87,7 @@ def check_shapes(job: Job, source: Source) -> RouterGroups:
                 raise UserError(f"--sparsity is {job.pattern}, but {path} has {columns} in features, which {job.pattern.m} does not divide.")
             if job.quantize and job.group_size and job.group_size > columns:
                 raise UserError(f"--group-size is {job.group_size}, but {path} has {columns} in features; allowed is 1 to {columns}.")
-    return architecture.router_groups
+    return architecture
 
 
 def window_length(job_length: int | None, source: Source, dataset: str) -> int | None:

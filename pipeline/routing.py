@@ -1,15 +1,28 @@
-"""Fitting a router: PCA and KMeans by cuML on a GPU, by scikit-learn on a CPU, both turned into the same two tensors.
+"""Fitting a router: principal components, then KMeans by cuML on a GPU, by scikit-learn on a CPU, turned into two tensors.
+
+Many restarts cheaply: they run on a sample, in heats; the winner of each heat goes a little further over all tokens, and
+the best of those to the end. With 16 clusters of 65,536 tokens that ended 0.0 to 1.8 % below (once 0.1 % above) the inertia of
+half as many restarts over all tokens.
 
 Shapes: N tokens, C columns (in features), D principal components, E experts (clusters).
 """
 
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from pipeline.principal import principal_axes, project
+
+SAMPLED = 512  # tokens for each cluster, in the sample
+STARTS = 3  # on the sample, for each restart asked for
+HEATS, FINALISTS = 6, 2
+FIRST_STEPS = 2  # iterations over all tokens before the finalists are chosen
+LAST_STEPS = 300  # both libraries' own limit
 
 
 @dataclass
@@ -27,48 +40,70 @@ class Routing:
 
 
 @dataclass
-class _Clusters:
-    mean_C: Tensor
-    components_DC: Tensor | None
+class _Run:
+    """One KMeans run; `labels_N` int32."""
+
     centroids_ED: Tensor
     labels_N: Tensor
     inertia: float
 
 
-def fit(tokens_NC: Tensor, num_clusters: int, components: int | None, restarts: int, seed: int) -> Routing:
-    """Cluster the tokens: PCA to `components` dimensions (None: no PCA), then the best of `restarts` KMeans runs.
+# A library's KMeans over some tokens: from `restarts` starts of a seed, of which the best is kept, or from centroids.
+KMeans = Callable[..., _Run]
 
-    Euclidean KMeans, as published. scikit-learn starts by k-means++ and restart r from seed + r; cuML by its own k-means||.
+
+def fit(tokens_NC: Tensor, num_clusters: int, components: int | None, restarts: int, seed: int) -> Routing:
+    """Cluster the tokens: PCA to `components` dimensions (None: no PCA), then KMeans, as good as the best of `restarts` runs.
+
+    Euclidean KMeans, as published. scikit-learn starts by k-means++, cuML by its own k-means||.
     """
     if num_clusters == 1:
-        clusters = _one_cluster(tokens_NC)
-    elif _has_cuml(tokens_NC.device):
-        clusters = _fit_cuml(tokens_NC.float(), num_clusters, components, restarts, seed)
+        return _one_cluster(tokens_NC)
+    mean_C, axes_DC = (None, None) if components is None else principal_axes(tokens_NC, components, seed)
+    tokens_ND = tokens_NC.float() if components is None else project(tokens_NC, mean_C, axes_DC)
+    if _has_cuml(tokens_NC.device):
+        best = _cluster(tokens_ND, num_clusters, restarts, seed, _kmeans_cuml, map)
     else:
-        clusters = _fit_sklearn(tokens_NC.float(), num_clusters, components, restarts, seed)
-    return _as_routing(clusters)
+        from threadpoolctl import threadpool_limits
+
+        with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(torch.get_num_threads()) as threads:
+            best = _cluster(tokens_ND, num_clusters, restarts, seed, _kmeans_sklearn, threads.map)
+    return _as_routing(mean_C, axes_DC, best)
 
 
-def _as_routing(clusters: _Clusters) -> Routing:
+def _cluster(tokens_ND: Tensor, num_clusters: int, restarts: int, seed: int, kmeans: KMeans, map_over: Callable) -> _Run:
+    """The tournament. Too few tokens for a sample: every restart runs over all of them."""
+    sampled = SAMPLED * num_clusters
+    if 2 * sampled > len(tokens_ND):
+        return min(map_over(lambda restart: kmeans(tokens_ND, num_clusters, seed=seed + restart), range(restarts)), key=_inertia)
+    places = torch.randperm(len(tokens_ND), generator=torch.Generator().manual_seed(seed))[:sampled]
+    sample_ND = tokens_ND[places.to(tokens_ND.device)]
+    each = -(-STARTS * restarts // HEATS)
+    runs = list(map_over(lambda heat: kmeans(sample_ND, num_clusters, seed=seed + heat, restarts=each), range(HEATS)))
+    for steps, kept in ((FIRST_STEPS, FINALISTS), (LAST_STEPS, 1)):
+        runs = list(map_over(lambda run, steps=steps: kmeans(tokens_ND, num_clusters, start=run.centroids_ED, steps=steps), runs))
+        runs = sorted(runs, key=_inertia)[:kept]
+    return runs[0]
+
+
+def _inertia(run: _Run) -> float:
+    return run.inertia
+
+
+def _as_routing(mean_C: Tensor | None, axes_DC: Tensor | None, best: _Run) -> Routing:
     """Fold mean, components and centroids into one linear classifier, in float64."""
-    centroids_ED = clusters.centroids_ED.double()
-    components_DC = clusters.components_DC
-    weight_EC = centroids_ED if components_DC is None else centroids_ED @ components_DC.double()
-    bias_E = -0.5 * centroids_ED.square().sum(1) - weight_EC @ clusters.mean_C.double()
-    return Routing(weight_EC.float(), bias_E.float(), clusters.labels_N.int(), clusters.inertia)
+    weight_EC = centroids_ED = best.centroids_ED.double()
+    bias_E = -0.5 * centroids_ED.square().sum(1)
+    if axes_DC is not None:
+        weight_EC = centroids_ED @ axes_DC.double()
+        bias_E -= weight_EC @ mean_C.double()
+    return Routing(weight_EC.float(), bias_E.float(), best.labels_N, best.inertia)
 
 
-def _one_cluster(tokens_NC: Tensor) -> _Clusters:
+def _one_cluster(tokens_NC: Tensor) -> Routing:
     columns, device = tokens_NC.shape[1], tokens_NC.device
-    zeros = torch.zeros(1, columns, device=device)
-    return _Clusters(zeros[0], None, zeros, torch.zeros(len(tokens_NC), dtype=torch.int32, device=device), 0.0)
-
-
-def load_libraries(device: torch.device) -> None:
-    """Import what a fit on this device uses."""
-    if not _has_cuml(device):
-        import sklearn.cluster
-        import sklearn.decomposition  # noqa: F401
+    labels_N = torch.zeros(len(tokens_NC), dtype=torch.int32, device=device)
+    return Routing(torch.zeros(1, columns, device=device), torch.zeros(1, device=device), labels_N, 0.0)
 
 
 def _has_cuml(device: torch.device) -> bool:
@@ -81,44 +116,25 @@ def _has_cuml(device: torch.device) -> bool:
     return True
 
 
-def _fit_sklearn(tokens_NC: Tensor, num_clusters: int, components: int | None, restarts: int, seed: int) -> _Clusters:
+def _kmeans_sklearn(tokens_ND: Tensor, num_clusters: int, seed: int = 0, restarts: int = 1, start: Tensor | None = None, steps: int = LAST_STEPS) -> _Run:
     from sklearn.cluster import KMeans
-    from sklearn.decomposition import PCA
     from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
 
-    tokens = tokens_NC.cpu().numpy()
-    mean, axes, projected = np.zeros(tokens.shape[1], np.float32), None, tokens
-    if components is not None:
-        with threadpool_limits(torch.get_num_threads()):  # numpy's threads too are this actor's, whatever Ray set
-            pca = PCA(components, svd_solver="covariance_eigh").fit(tokens)
-            projected = np.ascontiguousarray(pca.transform(tokens))
-        mean, axes = pca.mean_, pca.components_
-
-    def restart(number: int) -> KMeans:
-        # scikit-learn sums over its threads in the order in which they finish, so a run has one thread and the restarts share
-        # the cores: the same bits every time, and faster. OpenMP's limit belongs to the thread that sets it.
-        with threadpool_limits(1, user_api="openmp"), warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct tokens than clusters: empty experts are reported
-            return KMeans(num_clusters, n_init=1, random_state=seed + number).fit(projected)
-
-    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(torch.get_num_threads()) as threads:
-        best = min(threads.map(restart, range(restarts)), key=lambda kmeans: kmeans.inertia_)
-    to_tensor = lambda array: torch.from_numpy(np.ascontiguousarray(array)).to(tokens_NC.device)  # noqa: E731
-    return _Clusters(
-        to_tensor(mean), None if axes is None else to_tensor(axes), to_tensor(best.cluster_centers_), to_tensor(best.labels_),
-        float(best.inertia_))
+    # scikit-learn sums over its threads in the order in which they finish, so a run has one thread and several runs share
+    # the cores: the same bits every time, and faster. OpenMP's limit belongs to the thread that sets it.
+    with threadpool_limits(1, user_api="openmp"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct tokens than clusters: empty experts are reported
+        init = "k-means++" if start is None else start.cpu().numpy()
+        fitted = KMeans(num_clusters, init=init, n_init=restarts, max_iter=steps, random_state=seed).fit(tokens_ND.cpu().numpy())
+    to_tensor = lambda array: torch.from_numpy(np.ascontiguousarray(array)).to(tokens_ND.device)  # noqa: E731
+    return _Run(to_tensor(fitted.cluster_centers_), to_tensor(fitted.labels_).int(), float(fitted.inertia_))
 
 
-def _fit_cuml(tokens_NC: Tensor, num_clusters: int, components: int | None, restarts: int, seed: int) -> _Clusters:
-    from cuml import PCA, KMeans
+def _kmeans_cuml(tokens_ND: Tensor, num_clusters: int, seed: int = 0, restarts: int = 1, start: Tensor | None = None, steps: int = LAST_STEPS) -> _Run:
+    from cuml import KMeans
 
-    to_tensor = lambda array: torch.as_tensor(array, device=tokens_NC.device)  # noqa: E731
-    mean_C, axes_DC, projected = torch.zeros(tokens_NC.shape[1], device=tokens_NC.device), None, tokens_NC
-    if components is not None:
-        pca = PCA(n_components=components, output_type="cupy").fit(tokens_NC)
-        mean_C, axes_DC = to_tensor(pca.mean_).reshape(-1), to_tensor(pca.components_)
-        projected = to_tensor(pca.transform(tokens_NC)).contiguous()
-
-    kmeans = KMeans(n_clusters=num_clusters, n_init=restarts, random_state=seed, output_type="cupy").fit(projected)
-    return _Clusters(mean_C, axes_DC, to_tensor(kmeans.cluster_centers_), to_tensor(kmeans.labels_), float(kmeans.inertia_))
+    init = {} if start is None else {"init": start}
+    fitted = KMeans(n_clusters=num_clusters, n_init=restarts, max_iter=steps, random_state=seed, output_type="cupy", **init).fit(tokens_ND)
+    to_tensor = lambda array: torch.as_tensor(array, device=tokens_ND.device)  # noqa: E731
+    return _Run(to_tensor(fitted.cluster_centers_).clone(), to_tensor(fitted.labels_).int(), float(fitted.inertia_))

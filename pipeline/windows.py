@@ -18,7 +18,7 @@ from pipeline.errors import UserError
 from pipeline.files import sha256
 from pipeline.texts import Text, read_text
 
-TOKENS_PER_GROUP = 4096  # windows run through a block in groups of about this many tokens
+TOKENS_PER_GROUP = {"cpu": 4096, "cuda": 16384}  # windows run through a block in groups of about this many tokens
 HELD_OUT = 0.1  # of a local file, from its end, when it is to serve for calibration and evaluation both
 C4_EVAL_WINDOWS = 256  # as published
 
@@ -38,10 +38,10 @@ class Windows:
     def length(self) -> int:
         return self.ids_WL.shape[1]
 
-    def groups(self) -> list[Tensor]:
-        """Groups of whole windows. Their shapes depend on nothing but the window length, so that results do not depend on
-        who runs which group."""
-        return list(self.ids_WL.split(max(1, TOKENS_PER_GROUP // self.length)))
+    def groups(self, device_type: str) -> list[Tensor]:
+        """Groups of whole windows. Their shapes depend on nothing but the window length and the kind of device, so that
+        results do not depend on who runs which group."""
+        return list(self.ids_WL.split(max(1, TOKENS_PER_GROUP[device_type] // self.length)))
 
     def digest(self) -> str:
         shape = repr(tuple(self.ids_WL.shape)).encode()

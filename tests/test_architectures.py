@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from pipeline.architectures import ARCHITECTURES, architecture_of
 from pipeline.blocks import BlockwiseModel
 from pipeline.errors import UserError
-from pipeline.expansion import routed_block, tap
+from pipeline.expansion import capture, propagate, routed_block
 from pipeline.modeling_sparse_expansion import SparseExpansionConfig, SparseExpansionForCausalLM
 from tests.models import CONFIGS, save_tiny, tiny_model, token_windows
 
@@ -56,22 +56,23 @@ def test_no_block_is_read_before_it_is_asked_for(tmp_path):
 
 
 @torch.no_grad()
-def test_tap_sees_what_the_linears_read(model_type, tmp_path):
+def test_capture_sees_what_the_linears_read(model_type, tmp_path):
     directory = save_tiny(tmp_path / "model", model_type)
-    groups = architecture_of(model_type, "").router_groups
-    ids_WL = token_windows(2, 16)
+    architecture = architecture_of(model_type, "")
+    ids_WL = token_windows(5, 16)
     model = BlockwiseModel(directory, torch.float32, CPU)
-    tapped = tap(model, model.load_block(0), 0, {0: model.embed(ids_WL)}, groups)
+    hidden = {number: model.embed(part) for number, part in enumerate(ids_WL.split(2))}
+    captured = capture(model, model.load_block(0), 0, hidden, architecture)
     truth = AutoModelForCausalLM.from_pretrained(directory)
-    block = truth.get_submodule(architecture_of(model_type, "").blocks)[0]
+    block = truth.get_submodule(architecture.blocks)[0]
     seen = {}
-    for group in groups:
+    for group in architecture.router_groups:
         for path in group:
-            block.get_submodule(path).register_forward_pre_hook(lambda _, args, path=path: seen.__setitem__(path, args[0].reshape(32, -1)))
+            block.get_submodule(path).register_forward_pre_hook(lambda _, args, path=path: seen.__setitem__(path, args[0].reshape(80, -1)))
     truth(ids_WL)
-    for group, inputs in zip(groups, tapped):
+    for group, inputs_NC in zip(architecture.router_groups, captured.inputs):
         for path in group:  # all of a group read the same
-            torch.testing.assert_close(inputs[0], seen[path], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(inputs_NC, seen[path], rtol=1e-5, atol=1e-6)
 
 
 @torch.no_grad()
@@ -98,26 +99,33 @@ def test_routed_model_with_dense_experts_equals_dense(model_type):
 
 
 @torch.no_grad()
-def test_routed_block_with_dense_experts_equals_dense(model_type, tmp_path):
-    """The block that calibration runs on, routed by given labels."""
+def test_propagation_through_dense_experts_equals_dense(model_type, tmp_path):
+    """Copies of the dense weights as experts, tokens spread over them by given labels: nothing may change, whether the attention's
+    outputs are remembered from the capture or computed again."""
     model = BlockwiseModel(save_tiny(tmp_path / "model", model_type), torch.float32, CPU)
-    groups = architecture_of(model_type, "").router_groups
+    architecture = architecture_of(model_type, "")
     block = model.load_block(1)
-    hidden = model.embed(token_windows(2, 16))
-    weights = {path: block.get_submodule(path).weight.expand(4, -1, -1) for group in groups for path in group}
-    routed, routers = routed_block(block, groups, weights)
-    for router in routers:
-        router.labels_N = torch.arange(32) % 4
-    torch.testing.assert_close(model.run(routed, 1, hidden), model.run(block, 1, hidden), rtol=1e-5, atol=1e-5)
+    hidden = {number: model.embed(part) for number, part in enumerate(token_windows(5, 16).split(2))}
+    expected = {number: model.run(block, 1, hidden_WLH) for number, hidden_WLH in hidden.items()}
+    weights = {path: block.get_submodule(path).weight.expand(4, -1, -1) for group in architecture.router_groups for path in group}
+    labels = [torch.arange(80) % 4, torch.arange(80) // 20]
+    remembered = capture(model, block, 1, hidden, architecture).attention
+    for attention in (remembered, None):
+        outputs = dict(hidden)
+        propagate(model, block, 1, outputs, architecture, weights, labels, attention)
+        for number in hidden:
+            torch.testing.assert_close(outputs[number], expected[number], rtol=1e-5, atol=1e-5)
+    assert not remembered
 
 
 @torch.no_grad()
 def test_each_token_gets_its_experts_weight():
     model = tiny_model("llama")
     block = model.model.layers[0]
-    groups = architecture_of("llama", "").router_groups
-    weights = {path: torch.stack([(1 + expert) * block.get_submodule(path).weight for expert in range(3)]) for group in groups for path in group}
-    routed, routers = routed_block(block, groups, weights)
+    architecture = architecture_of("llama", "")
+    weights = {path: torch.stack([(1 + expert) * block.get_submodule(path).weight for expert in range(3)])
+               for group in architecture.router_groups for path in group}
+    routed, routers = routed_block(block, architecture, weights)
     labels = torch.tensor([2, 0, 1, 2, 2])
     tokens = torch.randn(1, 5, 32, generator=torch.Generator().manual_seed(2))
     for router in routers:

@@ -10,9 +10,9 @@ def test_out_of_memory_halves_the_batch(monkeypatch):
     """The experts come out in their order and the same, however often memory runs out on the way."""
     generator = torch.Generator().manual_seed(0)
     linears = {"mlp.gate_proj": torch.randn(12, 32, generator=generator), "mlp.up_proj": torch.randn(12, 32, generator=generator)}
-    tokens = {expert: [torch.randn(100, 32, generator=generator)] for expert in range(5)}
+    tokens = {expert: torch.randn(100, 32, generator=generator) for expert in range(5)}
     job = Job(model="demo", num_clusters=5)
-    expected, reports = expansion.solve_experts(job, linears, list(range(5)), tokens, [100] * 5)
+    expected, reports = expansion.solve_experts(job, linears, list(range(5)), tokens.get, [100] * 5)
     factor, tried = expansion.inverse_factor, []
 
     def short_of_memory(hessian_ECC):
@@ -22,7 +22,7 @@ def test_out_of_memory_halves_the_batch(monkeypatch):
         return factor(hessian_ECC)
 
     monkeypatch.setattr(expansion, "inverse_factor", short_of_memory)
-    got, reports_again = expansion.solve_experts(job, linears, list(range(5)), tokens, [100] * 5)
+    got, reports_again = expansion.solve_experts(job, linears, list(range(5)), tokens.get, [100] * 5)
     assert tried == [5, 2, 1, 1, 3, 1, 2, 1, 1]
     assert all(torch.equal(got[path], expected[path]) for path in linears)
     assert reports_again == reports

@@ -21,7 +21,7 @@ import sys, torch
 from pipeline.pattern import Pattern
 from pipeline.solver import find_grid, inverse_factor
 from pipeline.solver import kernel
-from pipeline.solver.mask import unstructured_mask
+from pipeline.solver.mask import thresholds
 from pipeline.solver.select import radix_select
 from pipeline.solver.solve import BLOCK, _scores, _solve_columns
 
@@ -41,12 +41,13 @@ for number, case in enumerate({cases!r}):
         fused = plain.clone()
         part = slice(start, stop)
         upper = upper_ECC[:, part, part]
-        pruned = None
+        threshold = None
         if not pattern.is_n_of_m:
             scores = _scores(plain[:, part], upper.diagonal(dim1=1, dim2=2))
-            pruned = unstructured_mask(scores, pattern.fraction, [rows])
-        expected = _solve_columns(plain[:, part], upper, pruned, pattern, grid, start)
-        errors = kernel.solve_block(fused[:, part], upper, pruned, pattern, grid, start)
+            threshold = thresholds(scores, pattern.fraction, [rows])
+        expected, errors = torch.empty(2, experts, stop - start, rows, device=device).unbind()
+        _solve_columns(plain[:, part], upper, expected, threshold, pattern, grid, start)
+        kernel.solve_block(fused[:, part], upper, errors, threshold, pattern, grid, start)
         same = ((plain == 0) == (fused == 0)).all(dim=1)  # rows without a near tie
         assert same.float().mean() > 0.95, case
         for one, other in ((plain, fused), (expected, errors)):

@@ -46,7 +46,7 @@ def test_float32_agrees_up_to_ties(sparsity: str):
     """The float32 path as a job runs it, from tokens: a weight may differ only in a row where a mask decision was a near tie."""
     weight_RC, tokens_NC = problem(experts=2, rows=64, columns=256, tokens=2000, seed=5)
     pattern = Pattern.parse(sparsity)
-    hessians = torch.stack([hessian([part.float() for part in tokens.split(700)]) for tokens in tokens_NC])
+    hessians = torch.stack([hessian(tokens.float()) for tokens in tokens_NC])
     solved_ERC, _ = solve(weight_RC.float(), inverse_factor(hessians), pattern, [64])
     rows_that_differ = 0
     for expert, tokens in enumerate(tokens_NC):
@@ -133,7 +133,7 @@ def test_damping_is_bounded():
 def test_fewer_tokens_than_columns():
     """The normal case of a small cluster: a rank-deficient Hessian is damped, not refused."""
     weight_RC, (tokens_NC,) = problem(experts=1, rows=8, columns=128, tokens=5, seed=9)
-    solved_ERC, _ = solve(weight_RC.float(), inverse_factor(hessian([tokens_NC.float()])[None]), Pattern.parse("0.5"), [8])
+    solved_ERC, _ = solve(weight_RC.float(), inverse_factor(hessian(tokens_NC.float())[None]), Pattern.parse("0.5"), [8])
     assert solved_ERC.isfinite().all() and (solved_ERC == 0).float().mean() == pytest.approx(0.5, abs=0.01)
 
 

@@ -10,20 +10,16 @@ import torch
 from torch import Tensor
 
 
-def unstructured_mask(scores_EBR: Tensor, fraction: float, rows: list[int]) -> Tensor:
-    """True where a weight is pruned: scores up to the one at index int(numel * fraction) in sorted order.
+def thresholds(scores_EBR: Tensor, fraction: float, rows: list[int]) -> Tensor:
+    """The score (E, R) up to which a row's weights go: the one at index int(numel * fraction) in sorted order.
 
-    The threshold is taken over all rows of one linear at once (`rows` lists the rows of the linears stacked in R) and
-    separately for every expert. Source: SparseGPT (arXiv 2301.00774), its reference implementation's `thresh`.
+    It is taken over all rows of one linear at once (`rows` lists the rows of the linears stacked in R) and separately for
+    every expert. Source: SparseGPT (arXiv 2301.00774), its reference implementation's `thresh`.
     """
     if fraction == 0:
-        return torch.zeros_like(scores_EBR, dtype=torch.bool)
-    masks = []
-    for scores in scores_EBR.split(rows, dim=2):
-        flat = scores.flatten(1)
-        threshold_E = _in_sorted_order(flat, int(flat.shape[1] * fraction))
-        masks.append(scores <= threshold_E[:, None, None])
-    return torch.cat(masks, dim=2) if len(masks) > 1 else masks[0]
+        return scores_EBR.new_full((len(scores_EBR), scores_EBR.shape[2]), -1.0)  # no score is negative
+    each_E = [_in_sorted_order(scores.flatten(1), int(scores[0].numel() * fraction)) for scores in scores_EBR.split(rows, dim=2)]
+    return torch.cat([one_E[:, None].expand(-1, count) for one_E, count in zip(each_E, rows)], dim=1)
 
 
 def _in_sorted_order(values_EN: Tensor, index: int) -> Tensor:
