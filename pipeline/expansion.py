@@ -93,9 +93,6 @@ class TokensByExpert:
             return self._tokens_NC
         return self._tokens_NC[self._order_N[self._ends[expert]:self._ends[expert + 1]]]
 
-    def all(self) -> Tensor:
-        return self._tokens_NC
-
 
 @dataclass
 class ExpertReport:

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from pipeline.gram import chunks, gram
 
-WHOLE = 1024  # columns up to which a full decomposition is the fastest
+WHOLE = 2048  # columns up to which a full decomposition is the fastest
 MORE = 1.25  # vectors iterated for each component wanted: the last ones converge with the gap to the first one left out
-CHANGE, MOST = 1e-5, 30  # stop when the variance that the vectors hold grows by less than this share, or after so many rounds
+CHANGE, MOST = 1e-3, 30  # stop when the variance that the vectors hold grows by less than this share, or after so many rounds
 
 
 def principal_axes(tokens_NC: Tensor, components: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -22,7 +22,7 @@ from pipeline.pattern import Pattern
 from pipeline.solver import find_grid, inverse_factor
 from pipeline.solver import kernel
 from pipeline.solver.mask import thresholds
-from pipeline.solver.select import radix_select
+from pipeline.solver.select import select
 from pipeline.solver.solve import BLOCK, _scores, _solve_columns
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -59,7 +59,7 @@ values = torch.rand(3, 5000, generator=torch.Generator().manual_seed(13)) ** 8
 values[1, :2000] = 0.25
 values[2, :4000] = 0
 for index in (0, 1, 1500, 2500, 4999):
-    assert torch.equal(radix_select(values.to(device), index).cpu(), values.sort(dim=1).values[:, index]), index
+    assert torch.equal(select(values.to(device), index).cpu(), values.sort(dim=1).values[:, index]), index
 print("equal")
 """
 

@@ -14,7 +14,7 @@ DAMPING = 0.01  # of the mean diagonal, as published
 # Total damping tried, in units of DAMPING: as published it is added again and again; later steps double so that it ends.
 LADDER = (1, 2, 3, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
-LEAF = {"cpu": 512, "cuda": 256}  # columns of a matrix that the library factors; what is larger is halved
+LEAF = 512  # columns of a matrix that the library factors; what is larger is halved
 
 
 @dataclass
@@ -66,10 +66,9 @@ def _invert_root(matrix_ECC: Tensor) -> Tensor:
     The lower triangle holds leftovers.
     """
     columns = matrix_ECC.shape[1]
-    leaf = LEAF[matrix_ECC.device.type]
-    if columns <= leaf:
+    if columns <= LEAF:
         return _invert_leaf(matrix_ECC)
-    half = leaf * -(-columns // (2 * leaf))
+    half = LEAF * -(-columns // (2 * LEAF))
     a_ECC, b_ECC, d_ECC = matrix_ECC[:, :half, :half], matrix_ECC[:, :half, half:], matrix_ECC[:, half:, half:]
     info_E = _invert_root(d_ECC)
     d_ECC.triu_()

@@ -27,7 +27,7 @@ def _in_sorted_order(values_EN: Tensor, index: int) -> Tensor:
     if values_EN.is_cuda and values_EN.dtype == torch.float32 and has_triton():
         from pipeline.solver import select
 
-        return select.radix_select(values_EN, index)  # kthvalue gives a GPU one thread block an expert
+        return select.select(values_EN, index)  # kthvalue gives a GPU one thread block an expert
     return values_EN.kthvalue(index + 1, dim=1).values
 
 

@@ -6,7 +6,7 @@ Shapes: E experts, M and N rows and columns of the result, K what is summed over
 from torch import Tensor
 
 STRIPS = 4  # of a product of which only a triangle is wanted, or one side is a triangle: 5/8 of the work instead of all
-WORTH_STRIPS = 2048  # columns from which on that is faster than one product
+WORTH_STRIPS = 1024  # columns from which on that is faster than one product
 
 
 def add_product(target_EMN: Tensor, left_EMK: Tensor, right_EKN: Tensor, alpha: float = 1.0, beta: float = 1.0) -> None:

@@ -1,7 +1,8 @@
-"""The value at one place of many sorted lists, without sorting: an exact radix selection on the GPU, in Triton.
+"""The value at one place of many sorted lists, without sorting: an exact selection digit by digit on the GPU, in Triton.
 
-The bits of floats that are not negative sort as the floats do. Four passes count, byte by byte from the top, the values that
-share the bytes found so far.
+The bits of floats that are not negative sort as the floats do. A pass counts, for each of the 16 values that the next digit
+can have, the values below; the digit follows from where the place lies among the counts. Comparisons and sums, since a
+histogram of digits that are nearly all the same would queue at one counter.
 Shapes: E experts, N values of an expert.
 """
 
@@ -10,33 +11,38 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK = 4096  # values of a program
+DIGIT = 4  # bits
+DIGITS = 32 // DIGIT
+CHUNK, PART = 16384, 512  # values of a program, and of one step of it
 
 
 @triton.jit
-def _count_kernel(bits, prefix, counts, values, SHIFT: tl.constexpr, CHUNK: tl.constexpr):
-    """counts[e, b]: the values of expert e whose bits above SHIFT + 8 are its prefix and whose next byte is b."""
+def _count_kernel(bits, counts, values, index, DONE: tl.constexpr, DIGIT: tl.constexpr, DIGITS: tl.constexpr, CHUNK: tl.constexpr, PART: tl.constexpr):
+    """counts[e, DONE, d]: the values of expert e that are below its first DONE digits followed by d."""
     expert = tl.program_id(1).to(tl.int64)
-    place = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
-    found = tl.load(bits + expert * values + place, mask=place < values, other=0)
-    matches = (place < values) & (((found >> SHIFT) >> 8) == tl.load(prefix + expert))
-    bins = tl.arange(0, 512)
-    # Whatever does not match is counted in a bin that is thrown away.
-    count = tl.histogram(tl.where(matches, (found >> SHIFT) & 255, 256), 512)
-    tl.atomic_add(counts + expert * 256 + bins, count, mask=(bins < 256) & (count > 0))
+    bins = tl.arange(0, 1 << DIGIT)
+    counts += expert * DIGITS * (1 << DIGIT) + bins
+    prefix = 0
+    for done in tl.static_range(DONE):
+        below = tl.load(counts + done * (1 << DIGIT))
+        prefix = (prefix << DIGIT) + tl.sum((below <= index).to(tl.int32), axis=0) - 1
+    limit = (prefix << DIGIT) + bins
+    first = tl.program_id(0) * CHUNK
+    smaller = tl.zeros((1 << DIGIT, PART), tl.int32)
+    for start in range(first, first + CHUNK, PART):
+        place = start + tl.arange(0, PART)
+        found = tl.load(bits + expert * values + place, mask=place < values, other=0x7fffffff) >> ((DIGITS - 1 - DONE) * DIGIT)
+        smaller += ((found[None, :] < limit[:, None]) & (place < values)[None, :]).to(tl.int32)
+    tl.atomic_add(counts + DONE * (1 << DIGIT), tl.sum(smaller, axis=1))
 
 
-def radix_select(values_EN: Tensor, index: int) -> Tensor:
+def select(values_EN: Tensor, index: int) -> Tensor:
     """values_EN.sort(dim=1).values[:, index] for float32 values that are not negative."""
     experts, values = values_EN.shape
     bits_EN = values_EN.contiguous().view(torch.int32)
-    prefix_E = torch.zeros(experts, dtype=torch.int32, device=values_EN.device)
-    rank_E = torch.full((experts, 1), index, device=values_EN.device)
-    for shift in (24, 16, 8, 0):
-        counts_EB = torch.zeros(experts, 256, dtype=torch.int32, device=values_EN.device)
-        _count_kernel[(triton.cdiv(values, CHUNK), experts)](bits_EN, prefix_E, counts_EB, values, SHIFT=shift, CHUNK=CHUNK)
-        ends_EB = counts_EB.cumsum(1)
-        byte_E = (ends_EB <= rank_E).sum(1, keepdim=True)
-        rank_E = rank_E - (ends_EB.gather(1, byte_E) - counts_EB.gather(1, byte_E))
-        prefix_E = (prefix_E << 8) | byte_E[:, 0].int()
-    return prefix_E.view(torch.float32)
+    counts_EPD = torch.zeros(experts, DIGITS, 1 << DIGIT, dtype=torch.int32, device=values_EN.device)
+    for done in range(DIGITS):
+        _count_kernel[(triton.cdiv(values, CHUNK), experts)](bits_EN, counts_EPD, values, index, DONE=done, DIGIT=DIGIT, DIGITS=DIGITS, CHUNK=CHUNK, PART=PART)
+    digits_EP = (counts_EPD <= index).sum(-1) - 1
+    weights_P = 1 << (DIGIT * torch.arange(DIGITS - 1, -1, -1, device=values_EN.device))
+    return (digits_EP * weights_P).sum(1).int().view(torch.float32)

@@ -1,12 +1,8 @@
-"""The solver beside the textbook loop run expert by expert, and beside its floor, in one run on one device.
+"""Solve and factor beside the textbook run expert by expert.
 
-    make bench
-
-The floor of a solve is its unavoidable operations at the rate of a large float32 matrix product measured in the same run: per
-expert C^3 / 3 (Cholesky) + C^3 / 3 (triangular inverse) + R C^2 (carrying errors to the right).
+The floor is the unavoidable operations at the rate of a large float32 matrix product: for each expert C^3 / 3 (Cholesky) +
+C^3 / 3 (triangular inverse) + R C^2 (carrying errors to the right).
 """
-
-import time
 
 import pytest
 import torch
@@ -14,55 +10,53 @@ import torch
 from pipeline.pattern import Pattern
 from pipeline.solver import find_grid, inverse_factor, solve
 from tests import textbook
+from tests.benchmarks.measure import DEVICE, ON_GPU, product_rate, seconds
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CASES = {
-    "cpu": [(16, 1024, 1024, "0.5", None), (16, 1024, 1024, "2:4", 4)],
-    "cuda": [(16, 8192, 2048, "0.5", None), (16, 4096, 11008, "2:4", 4), (16, 8192, 2048, "2:4", None)],
-}[DEVICE]
-
-
-def seconds(work, repeats: int) -> float:
-    """The best of several runs."""
-    best = float("inf")
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        if DEVICE == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return best
+EXPERTS = 16
+SOLVES = {
+    False: [(1024, 1024, "0.5", None), (1024, 1024, "2:4", 4)],
+    True: [(8192, 2048, "0.5", None), (8192, 2048, "2:4", None), (4096, 11008, "2:4", 4)],
+}[ON_GPU]
+FACTORS = {False: [1024], True: [2048, 11008]}[ON_GPU]
 
 
-def matmul_rate() -> float:
-    """Operations a second of a large float32 matrix product."""
-    size = 8192 if DEVICE == "cuda" else 2048
-    left, right = torch.randn(2, size, size, device=DEVICE).unbind()
-    return 2 * size**3 / seconds(lambda: left @ right, 5)
+def random_hessians(columns: int, generator: torch.Generator) -> torch.Tensor:
+    hessian_ECC = torch.empty(EXPERTS, columns, columns, device=DEVICE)
+    for hessian_CC in hessian_ECC:
+        tokens_NC = torch.randn(2 * columns, columns, generator=generator, device=DEVICE) * torch.rand(columns, generator=generator, device=DEVICE)
+        torch.mm(tokens_NC.T, tokens_NC / len(tokens_NC), out=hessian_CC)
+    return hessian_ECC
 
 
-@pytest.mark.parametrize("experts, rows, columns, sparsity, bits", CASES)
-def test_solve(experts, rows, columns, sparsity, bits, benchmark, record):
-    torch.backends.cuda.matmul.allow_tf32 = False
+@pytest.mark.parametrize("rows, columns, sparsity, bits", SOLVES)
+def test_solve(rows, columns, sparsity, bits, benchmark, record):
+    rate = product_rate()
     generator = torch.Generator(DEVICE).manual_seed(0)
     weight_RC = torch.randn(rows, columns, generator=generator, device=DEVICE)
-    hessians = torch.empty(experts, columns, columns, device=DEVICE)
-    for expert in range(experts):
-        tokens_NC = torch.randn(2 * columns, columns, generator=generator, device=DEVICE) * torch.rand(columns, generator=generator, device=DEVICE)
-        hessians[expert] = tokens_NC.T @ tokens_NC / len(tokens_NC)
+    hessian_ECC = random_hessians(columns, generator)
     pattern = Pattern.parse(sparsity)
-    batch = experts if columns <= 4096 else 4  # as memory allows
 
     def ours() -> None:
         grid = find_grid(weight_RC, bits, None, False, False) if bits else None
-        for first in range(0, experts, batch):
-            solve(weight_RC, inverse_factor(hessians[first:first + batch]), pattern, [rows], grid)
+        solve(weight_RC, inverse_factor(hessian_ECC), pattern, [rows], grid)
 
-    benchmark.pedantic(lambda: seconds(ours, 1), rounds=3, warmup_rounds=1)
-    mine = benchmark.stats.stats.min
-    factor = seconds(lambda: [inverse_factor(hessians[first:first + batch]) for first in range(0, experts, batch)], 2)
-    measured = 1 if DEVICE == "cuda" else 2
+    here = benchmark.pedantic(lambda: seconds(ours), rounds=1)
+    some = hessian_ECC[:1 if ON_GPU else 2]
     options = dict(fraction=0 if pattern.is_n_of_m else pattern.fraction, n=pattern.n, m=pattern.m, bits=bits, dtype=torch.float32)
-    theirs = seconds(lambda: [textbook.sparsegpt(weight_RC, hessians[expert], **options) for expert in range(measured)], 1) * experts / measured
-    floor = experts * (2 / 3 * columns**3 + rows * columns**2) / matmul_rate()
-    record(f"solve {experts} x {rows} x {columns}, {sparsity}{f' + {bits} bits' if bits else ''}", theirs, mine, floor, f"of it factors {factor:.3f} s")
+    plain = seconds(lambda: [textbook.sparsegpt(weight_RC, hessian_CC, **options) for hessian_CC in some], 1, warm=False) * EXPERTS / len(some)
+    floor = EXPERTS * (2 / 3 * columns**3 + rows * columns**2) / rate
+    record(f"solve {EXPERTS} x {rows} x {columns}, {sparsity}{f' + {bits} bits' if bits else ''}", here, floor, plain)
+
+
+@pytest.mark.parametrize("columns", FACTORS)
+def test_factor(columns, benchmark, record):
+    rate = product_rate()
+    hessian_ECC = random_hessians(columns, torch.Generator(DEVICE).manual_seed(0))
+    here = benchmark.pedantic(lambda: seconds(lambda: inverse_factor(hessian_ECC)), rounds=1)
+
+    def three(hessian_CC: torch.Tensor) -> None:
+        torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian_CC)), upper=True)
+
+    some = hessian_ECC[:2]
+    plain = seconds(lambda: [three(hessian_CC) for hessian_CC in some], 1) * EXPERTS / len(some)
+    record(f"factor {EXPERTS} x {columns} x {columns}", here, EXPERTS * 2 / 3 * columns**3 / rate, plain)
