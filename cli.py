@@ -55,6 +55,7 @@ Resume = Annotated[str | None, _option("resume", WHERE)]
 Actors = Annotated[int | None, _option("actors", WHERE)]
 Threads = Annotated[int | None, _option("threads", WHERE)]
 Address = Annotated[str | None, _option("address", WHERE)]
+Profile = Annotated[bool | None, _option("profile", WHERE, "--profile/--no-profile")]
 Verbose = Annotated[bool | None, _option("verbose", WHERE, "--verbose/--quiet")]
 Config = Annotated[str | None, typer.Option(help="YAML of options; the command line wins.", rich_help_panel=WHERE)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.", rich_help_panel=WHERE)]
@@ -84,8 +85,8 @@ def run(model: Model = None, model_size: ModelSize = None, revision: Revision = 
         mse: Mse = None, num_clusters: NumClusters = None, pca_reduction_factor: PcaFactor = None, no_pca: NoPca = None,
         kmeans_restarts: Restarts = None, dataset: Dataset = None, dataset_size: DatasetSize = None, seq_len: SeqLen = None,
         eval_dataset: EvalDataset = None, eval_size: EvalSize = None, no_dense: NoDense = None, seed: Seed = None,
-        output_dir: OutputDir = None, resume: Resume = None, actors: Actors = None, threads: Threads = None, address: Address = None, verbose: Verbose = None,
-        config: Config = None, json: Json = False) -> None:
+        output_dir: OutputDir = None, resume: Resume = None, actors: Actors = None, threads: Threads = None, address: Address = None,
+        profile: Profile = None, verbose: Verbose = None, config: Config = None, json: Json = False) -> None:
     """Expand a model, save it, and measure its perplexity. Run again after a kill, it goes on."""
     options = {name: value for name, value in locals().items() if name in Job.model_fields}
     with _user_errors():

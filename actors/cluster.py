@@ -1,9 +1,11 @@
 """Connecting to Ray or starting it, what it has, and how many actors of what size a job gets."""
 
 import contextlib
+import importlib
 import logging
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -46,6 +48,9 @@ def connected(address: str | None, verbose: bool) -> Iterator[None]:
         return
     check_address(address)
     address = address or os.environ.get("RAY_ADDRESS")
+    # What computes takes as long to import as Ray to start, which is mostly waiting.
+    loading = threading.Thread(target=importlib.import_module, args=("actors.conductor",))
+    loading.start()
     # A worker without GPUs must not see all of them.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
@@ -59,6 +64,8 @@ def connected(address: str | None, verbose: bool) -> Iterator[None]:
     except (ConnectionError, RuntimeError, TimeoutError) as error:
         what = f"--address {address} could not be joined" if address else "Ray could not be started on this machine"
         raise UserError(f"{what}: {' '.join(str(error).split())[:300]}") from None
+    finally:
+        loading.join()
     try:
         yield
     finally:
@@ -120,3 +127,9 @@ def _crew(actors: int, cpus: int, gpus: int, threads: int | None) -> Crew:
 def deal(items: list, shares: int) -> list[list]:
     """Consecutive, nearly equal shares."""
     return [items[len(items) * share // shares:len(items) * (share + 1) // shares] for share in range(shares)]
+
+
+def stop_actors(actors: list) -> None:
+    for actor in actors:
+        ray.kill(actor)
+    actors.clear()

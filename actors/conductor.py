@@ -4,8 +4,10 @@ An actor that dies takes its activations with it; the crew is made anew and repl
 a restarted driver does. There is one way to go on, whatever was killed.
 """
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,18 +15,19 @@ import ray
 from ray.exceptions import RayActorError
 from torch import Tensor
 
-from actors.cluster import Crew, deal
+from actors.cluster import Crew, deal, stop_actors
 from actors.layer_shard import LayerShard, Task
-from actors.progress import Reporter
+from actors.profile import actor_spans
+from actors.progress import EVALUATION_COST, Reporter
 from pipeline.architectures import Architecture
 from pipeline.assembly import Assembly
 from pipeline.checkpoint import RunDirectory
 from pipeline.config import Job
 from pipeline.errors import UserError
 from pipeline.perplexity import Perplexity
+from pipeline.timeline import DRIVER, Span, write_profile
 from pipeline.windows import Windows
 
-EVALUATION_COST = 0.1  # of a block, against expanding it: for the progress bar
 LOSSES_WITHOUT_PROGRESS = 3  # crews lost in a row before the job stops
 
 
@@ -34,31 +37,39 @@ class Conductor:
 
     crew: Crew
     dtype: str
-    run: Path | None
     reporter: Reporter
     verbose: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
     warm: Job | None = None  # the job that the actors warm up for
+    kept: list | None = None  # actors of an earlier job to go on with, and where a later one finds them; None: they end with the job
+    spans: list[Span] = field(default_factory=list)  # the stages, as they went by
 
     def __post_init__(self):
         self.actors: list = []
+        self.workers: dict[str, int] = {}
 
     # The crew
 
     def start(self) -> None:
         with self._timed("start"):
-            self.stop()
-            options = dict(num_cpus=self.crew.cpus, num_gpus=self.crew.gpus, max_restarts=0)
-            self.actors = [LayerShard.options(**options).remote(rank, self.crew.threads, self.dtype, self.run, self.verbose)
-                           for rank in range(self.crew.actors)]
-            self.devices = [name for name, _, _ in ray.get([actor.where.remote() for actor in self.actors])]
+            self.actors = list(self.kept or self._new_actors())
+            places = ray.get([actor.where.remote() for actor in self.actors])
+            self.devices = [place.device for place in places]
+            self.workers |= {place.worker: rank for rank, place in enumerate(places)}
             if self.warm:
                 ray.get([actor.warm_up.remote(self.warm) for actor in self.actors])
 
+    def _new_actors(self) -> list:
+        options = dict(num_cpus=self.crew.cpus, num_gpus=self.crew.gpus, max_restarts=0)
+        actors = [LayerShard.options(**options).remote(rank, self.crew.threads, self.dtype, self.verbose) for rank in range(self.crew.actors)]
+        if self.kept is not None:
+            self.kept[:] = actors
+        return actors
+
     def stop(self) -> None:
-        for actor in self.actors:
-            ray.kill(actor)
-        self.actors = []
+        """The end of the job."""
+        if self.kept is None:
+            stop_actors(self.actors)
 
     def restarting(self, work: Callable[[], object], progress: Callable[[], object] = lambda: None):
         """Do `work`; if an actor dies, make the crew anew and do it again. Gives up when several crews in a row die
@@ -75,10 +86,26 @@ class Conductor:
                     raise UserError(f"{lost} crews of actors died one after the other at the same place (the last: {' '.join(str(error).split())[:300]}); "
                                     "what is finished stays, and the same command goes on.") from None
                 self.reporter.note(f"An actor died; starting {self.crew.actors} anew and going on from what is on disk.")
+                stop_actors(self.actors)
+                if self.kept is not None:
+                    self.kept.clear()
                 self.start()
 
-    def _timed(self, stage: str) -> "_Timer":
-        return _Timer(self.seconds, stage)
+    @contextlib.contextmanager
+    def _timed(self, stage: str, layer: str = "", *more: dict[str, float]) -> Iterator[None]:
+        """Adds the seconds up by stage, in `seconds` and in `more`."""
+        start = time.time()
+        try:
+            yield
+        finally:
+            span = Span(DRIVER, stage, layer, start, time.time() - start)
+            self.spans.append(span)
+            for seconds in (self.seconds, *more):
+                seconds[stage] = seconds.get(stage, 0.0) + span.seconds
+
+    def profile(self, directory: Path) -> str:
+        """Write where the time went; returns the table of stages."""
+        return write_profile(directory, self.spans + actor_spans(self.workers, self.spans))
 
     def sample(self, directory: Path, count: int, length: int, seed: int) -> Tensor:
         with self._timed("sample"):
@@ -99,7 +126,7 @@ class Conductor:
         shares = self._shares(windows)
         starts = [sum(ids_WL.numel() for share in shares[:rank] for _, ids_WL in share) for rank in range(len(shares))]
         with self._timed("embed"):
-            ray.get([actor.begin.remote(job, directory, architecture, dict(share), start) for actor, share, start in zip(self.actors, shares, starts)])
+            ray.get([actor.begin.remote(job, directory, run.path, architecture, dict(share), start) for actor, share, start in zip(self.actors, shares, starts)])
         owners = [actor for actor, blocks in zip(self.actors, deal(list(range(run.num_blocks)), len(self.actors))) for _ in blocks]
         following = owners[0].publish.remote(0)
         for index in range(missing[-1] + 1):
@@ -108,8 +135,9 @@ class Conductor:
             if index in missing:
                 self._expand_block(index, weights, owners[index], job, architecture, run)
             else:
-                with self._timed("replay"):
-                    self.reporter.stage("replay", f"layer {index + 1} of {run.num_blocks}")
+                layer = f"layer {index + 1} of {run.num_blocks}"
+                with self._timed("replay", layer):
+                    self.reporter.stage("replay", layer)
                     ray.get([actor.replay.remote(index, weights) for actor in self.actors])
 
     def _shares(self, windows: Windows) -> list[list[tuple[int, Tensor]]]:
@@ -120,9 +148,9 @@ class Conductor:
         layer = f"layer {index + 1} of {run.num_blocks}"
         seconds: dict[str, float] = {}
 
-        def stage(name: str) -> _Timer:
+        def stage(name: str) -> AbstractContextManager[None]:
             self.reporter.stage(name, layer)
-            return _Timer(self.seconds, name, seconds)
+            return self._timed(name, layer, seconds)
 
         with stage("capture"):
             ray.get([actor.capture.remote(index, weights) for actor in self.actors])
@@ -174,10 +202,13 @@ class Conductor:
 
     # The rest
 
-    def assemble(self, assembly: Assembly, target: Path) -> dict[str, str]:
+    def assemble(self, job: Job, source: Path, described: str, architecture: Architecture, run: RunDirectory) -> dict[str, str]:
+        """Make the saved model from all layers; returns its files' hashes. `source`: the dense model's directory."""
+        assembly = Assembly(source, run.path, job.num_clusters, architecture.router_groups, architecture.blocks, self.dtype,
+                            {"dense_model": described, **job.recipe()})
         with self._timed("assemble"):
             self.reporter.stage("assemble")
-            return self.restarting(lambda: ray.get(self.actors[0].assemble.remote(assembly, target)))
+            return self.restarting(lambda: ray.get(self.actors[0].assemble.remote(assembly, run.model)))
 
     def evaluate(self, what: str, directory: Path, windows: Windows, num_blocks: int) -> Perplexity:
         with self._timed(f"evaluate {what}"):
@@ -194,15 +225,3 @@ class Conductor:
         by_group = {number: losses for part in ray.get([actor.finish_evaluation.remote() for actor in self.actors]) for number, losses in part.items()}
         return [loss for number in sorted(by_group) for loss in by_group[number]]
 
-
-class _Timer:
-    def __init__(self, *totals: dict[str, float] | str):
-        self._stage = next(total for total in totals if isinstance(total, str))
-        self._totals = [total for total in totals if isinstance(total, dict)]
-
-    def __enter__(self) -> None:
-        self._start = time.monotonic()
-
-    def __exit__(self, *_) -> None:
-        for total in self._totals:
-            total[self._stage] = total.get(self._stage, 0.0) + time.monotonic() - self._start

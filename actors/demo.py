@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from actors import jobs
-from actors.cluster import connected
+from actors.cluster import connected, stop_actors
 from pipeline.checkpoint import check_directory
 from pipeline.config import Job
 from pipeline.files import replacing
@@ -19,14 +19,15 @@ def run_demo(output_dir: str | None, actors: int | None, threads: int | None, ve
     started = time.monotonic()
     root = Path(output_dir or "runs/demo").absolute()
     directories = [root / f"k{experts}" for experts in EXPERTS]
-    results = []
+    results, crew = [], []
     with connected(None, verbose):
         for experts, directory in zip(EXPERTS, directories):
             job = Job(**OPTIONS, num_clusters=experts, output_dir=str(directory), actors=actors, threads=threads, verbose=verbose, no_dense=bool(results))
             check_directory(directory, job.recipe(), job.resume)
             if results:  # the same windows serve every run
                 _share_windows(directories[0] / "windows", directory / "windows")
-            results.append(jobs.run(job))
+            results.append(jobs.run(job, crew))
+        stop_actors(crew)
     return results[-1] | {"runs": results, "dense_perplexity": results[0]["dense_perplexity"], "seconds": round(time.monotonic() - started, 3)}
 
 

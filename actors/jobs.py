@@ -3,13 +3,12 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from actors.cluster import check_address, connected, size_crew
-from actors.conductor import EVALUATION_COST, Conductor
-from actors.progress import Bar
+from actors.progress import EVALUATION_COST, Bar
 from pipeline import preflight, statistics
 from pipeline.architectures import Architecture
-from pipeline.assembly import Assembly
 from pipeline.card import write_card
 from pipeline.checkpoint import RunDirectory, check_directory
 from pipeline.config import Job, digest
@@ -19,9 +18,15 @@ from pipeline.perplexity import Perplexity
 from pipeline.preflight import Source
 from pipeline.windows import Request, Windows, read_windows
 
+if TYPE_CHECKING:
+    from actors.conductor import Conductor
 
-def run(job: Job) -> dict:
-    """Expand, save and evaluate a model. Returns what `--json` prints. Raises UserError for what the user can put right."""
+
+def run(job: Job, kept: list | None = None) -> dict:
+    """Expand, save and evaluate a model. Returns what `--json` prints. Raises UserError for what the user can put right.
+
+    kept: actors that outlive the job, for the next one of the same device, dtype and threads; the caller stops them.
+    """
     started = time.monotonic()
     check_directory(job.run_directory, job.recipe(), job.resume)
     check_address(job.address)
@@ -39,14 +44,19 @@ def run(job: Job) -> dict:
     identity = {"model": source.fingerprint[:16], "calibration": calibration.digest()[:16]} | job.recipe() | ({} if job.dtype == "auto" else {"dtype": job.dtype})
     check_directory(job.run_directory, identity, job.resume)
     with RunDirectory(job.run_directory) as directory, connected(job.address, job.verbose):
+        from actors.conductor import Conductor  # `connected` has loaded it, and with it all that computes
+
         crew = size_crew(job.actors, job.threads)
         dtype = job.dtype_on("cuda" if crew.gpus else "cpu", source.checkpoint_dtype)
         bar = Bar(source.num_blocks * (1.0 + EVALUATION_COST * (evaluation is not None) * (2 - job.no_dense)), job.verbose)
-        conductor = Conductor(crew, dtype, directory.path, bar, job.verbose, {"windows": reading}, warm=job)
+        conductor = Conductor(crew, dtype, bar, job.verbose, {"windows": reading}, warm=job, kept=kept)
         try:
             bar.stage("start", f"{crew.actors} actor{'s' if crew.actors > 1 else ''} of {'a GPU' if crew.gpus else f'{crew.threads} CPU threads'}")
             conductor.start()
-            return _Run(job, source, architecture, directory, conductor, bar).finish(identity | {"dtype": dtype}, calibration, evaluation, started)
+            result = _Run(job, source, architecture, directory, conductor, bar).finish(identity | {"dtype": dtype}, calibration, evaluation, started)
+            if job.profile:
+                result |= {"profile_dir": str(directory.path / "profile"), "profile": conductor.profile(directory.path / "profile")}
+            return result
         finally:
             conductor.stop()
             bar.close()
@@ -58,7 +68,7 @@ class _Run:
     source: Source
     architecture: Architecture
     directory: RunDirectory
-    conductor: Conductor
+    conductor: "Conductor"
     bar: Bar
 
     def finish(self, identity: dict, calibration: Windows | Request, evaluation: Windows | Request | None, started: float) -> dict:
@@ -75,7 +85,7 @@ class _Run:
         layers = run.manifest["layers"]
         statistics.write_expert_table(layers, run.path / "stats" / "experts.parquet")
         if "model" not in run.manifest:
-            run.manifest["model"] = conductor.assemble(self._assembly(), run.model)
+            run.manifest["model"] = conductor.assemble(job, source.directory, source.described(), self.architecture, run)
             run.save()
         # The shards' hashes name the expanded model: an evaluation is reused only for the very same experts.
         made = digest({index: layer["sha256"] for index, layer in layers.items()})
@@ -103,11 +113,6 @@ class _Run:
         with replacing(path) as temporary:
             windows.save(temporary)
         return windows
-
-    def _assembly(self) -> Assembly:
-        recipe = {"dense_model": self.source.described(), **self.job.recipe()}
-        return Assembly(self.source.directory, self.directory.path, self.job.num_clusters, self.architecture.router_groups,
-                        self.architecture.blocks, self.conductor.dtype, recipe)
 
     def _evaluated(self, what: str, which: str, directory: Path, windows: Windows) -> Perplexity:
         key = digest({"what": what, "which": which, "windows": windows.digest(), "dtype": self.conductor.dtype})
@@ -149,10 +154,12 @@ def evaluate(job: Job) -> dict:
     if isinstance(windows, Windows):
         preflight.check_windows(windows.length, source, "--eval-dataset")
     with connected(job.address, job.verbose):
+        from actors.conductor import Conductor  # `connected` has loaded it, and with it all that computes
+
         crew = size_crew(job.actors, job.threads)
         dtype = job.dtype_on("cuda" if crew.gpus else "cpu", source.checkpoint_dtype)
         bar = Bar(source.num_blocks * EVALUATION_COST, job.verbose)
-        conductor = Conductor(crew, dtype, None, bar, job.verbose)
+        conductor = Conductor(crew, dtype, bar, job.verbose)
         try:
             bar.stage("start")
             conductor.start()
@@ -178,9 +185,9 @@ def _read(request: Request, source: Source) -> Windows | Request:
     return read_windows(request, source.tokenizer, source.text_config.vocab_size)
 
 
-def _sampled_source(request: Request, source: Source, conductor: Conductor) -> str:
+def _sampled_source(request: Request, source: Source, conductor: "Conductor") -> str:
     return f"self: sampled from the model, seed {request.seed} (model {source.fingerprint[:12]}, {conductor.dtype})"
 
 
-def _sample(request: Request, source: Source, conductor: Conductor) -> Windows:
+def _sample(request: Request, source: Source, conductor: "Conductor") -> Windows:
     return Windows(conductor.sample(source.directory, request.count, request.length, request.seed), _sampled_source(request, source, conductor))

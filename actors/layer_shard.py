@@ -5,7 +5,6 @@ weights, tokens by expert, routers and finished experts. All state can be derive
 """
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -38,6 +37,14 @@ class Task:
     experts: list[int]
 
 
+@dataclass
+class Place:
+    """An actor's device, for people, and Ray's name of its process."""
+
+    device: str
+    worker: str
+
+
 # Files are read and written beside the calls that compute: the next block's weights while this block is solved, a block's
 # shard while its windows go on.
 beside = ray.method(concurrency_group="files")
@@ -45,9 +52,9 @@ beside = ray.method(concurrency_group="files")
 
 @ray.remote(concurrency_groups={"files": 1})
 class LayerShard:
-    def __init__(self, rank: int, threads: int, dtype: str, run: Path | None, verbose: bool):
+    def __init__(self, rank: int, threads: int, dtype: str, verbose: bool):
         logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format=f"actor {rank}: %(message)s", force=True)
-        self.rank, self.run = rank, run
+        self.rank = rank
         self.device = prepare_device(bool(ray.get_gpu_ids()), threads)
         self.dtype = getattr(torch, dtype)
 
@@ -55,18 +62,18 @@ class LayerShard:
         """Load and compile what the first block would else wait for."""
         warm_up(job, self.device)
 
-    def where(self) -> tuple[str, int, str]:
-        """Device type, process id and node, for logs and reports."""
-        return device_name(self.device), os.getpid(), ray.get_runtime_context().get_node_id()
+    def where(self) -> Place:
+        return Place(device_name(self.device), ray.get_runtime_context().get_worker_id())
 
     def sample(self, directory: Path, count: int, length: int, seed: int) -> Tensor:
         return sample_windows(directory, count, length, seed, self.device, self.dtype)
 
     # Calibration: one block after the other
 
-    def begin(self, job: Job, directory: Path, architecture: Architecture, windows: dict[int, Tensor], start: int) -> None:
-        """Take over a share of the calibration windows, by group number, and embed them. `start`: the tokens before them."""
-        self.job, self.architecture, self.groups = job, architecture, architecture.router_groups
+    def begin(self, job: Job, directory: Path, run: Path, architecture: Architecture, windows: dict[int, Tensor], start: int) -> None:
+        """Take over a share of the calibration windows, by group number, and embed them. `directory`: the dense model's. `start`: the
+        tokens before these."""
+        self.job, self.run, self.architecture, self.groups = job, run, architecture, architecture.router_groups
         self.model = BlockwiseModel(directory, self.dtype, self.device)
         self.hidden = {number: self.model.embed(ids) for number, ids in windows.items()}
         self.share = slice(start, start + sum(ids.numel() for ids in windows.values()))

@@ -7,6 +7,8 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+EVALUATION_COST = 0.1  # of a block, against expanding it
+
 
 class Reporter(Protocol):
     def stage(self, name: str, detail: str = "") -> None: ...

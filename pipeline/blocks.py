@@ -16,26 +16,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from pipeline.architectures import architecture_of
 from pipeline.errors import UserError
-from pipeline.modeling_sparse_expansion import SparseExpansionConfig, SparseExpansionForCausalLM
+from pipeline.model_config import is_expanded, read_config
+from pipeline.modeling_sparse_expansion import SparseExpansionForCausalLM
 from pipeline.weights import Checkpoint
-
-
-def read_config(directory: Path):
-    """The model's configuration, dense or expanded, without running code from the directory."""
-    if not (Path(directory) / "config.json").is_file():
-        raise UserError(f"--model {directory} is no model directory: it holds no config.json.")
-    try:
-        config_dict, _ = SparseExpansionConfig.get_config_dict(directory)
-        if config_dict.get("model_type") == SparseExpansionConfig.model_type:
-            return SparseExpansionConfig.from_dict(config_dict)
-        architecture_of(config_dict.get("model_type"), str(directory))
-        return AutoConfig.from_pretrained(directory)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{Path(directory) / 'config.json'} is damaged: {' '.join(str(error).split())}") from None
 
 
 @contextlib.contextmanager
@@ -64,7 +51,7 @@ class BlockwiseModel:
     def __init__(self, directory: Path, dtype: torch.dtype, device: torch.device):
         self.dtype, self.device = dtype, device
         self.config = read_config(directory)
-        expanded = isinstance(self.config, SparseExpansionConfig)
+        expanded = is_expanded(self.config)
         with _weightless():
             self._skeleton = SparseExpansionForCausalLM(self.config) if expanded else AutoModelForCausalLM.from_config(self.config)
         self._skeleton.eval()
@@ -81,11 +68,6 @@ class BlockwiseModel:
     @property
     def vocabulary(self) -> int:
         return getattr(self.config, "text_config", self.config).vocab_size
-
-    def linear_shapes(self, index: int) -> dict[str, tuple[int, int]]:
-        """(R, C) of every linear of a block, by path; nothing is loaded."""
-        return {path: (module.out_features, module.in_features)
-                for path, module in self._blocks[index].named_modules() if isinstance(module, nn.Linear)}
 
     # Weights
 

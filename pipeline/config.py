@@ -58,6 +58,7 @@ class Job(BaseModel):
     actors: int | None = _field(None, "Ray actors; one for each GPU unless given, without GPUs one for each node.", "a whole number from 1", ge=1)
     threads: int | None = _field(None, "CPU threads of each actor; the CPUs are shared out unless given (or OMP_NUM_THREADS is set).", "a whole number from 1", ge=1)
     address: str | None = _field(None, "Ray cluster to run on (HOST:PORT, or auto for the one on this machine); unless given, Ray starts here.", "HOST:PORT or auto", min_length=1)
+    profile: bool = _field(False, "Write where the time went to the run directory's profile/: a timeline (ui.perfetto.dev opens it), its picture, a table of stages.", "true or false")
     verbose: bool = _field(False, "Show the actors' logs and every stage as a line.", "true or false")
 
     @field_validator("sparsity", mode="before")

@@ -4,17 +4,19 @@ Shapes: W windows, L tokens of a window, V vocabulary.
 """
 
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from pipeline.blocks import BlockwiseModel
+if TYPE_CHECKING:
+    from pipeline.blocks import BlockwiseModel
 
 LOGITS = 1 << 26  # that are held at a time: 256 MB in float32
 
 
-def window_losses(model: BlockwiseModel, hidden_WLH: Tensor, ids_WL: Tensor) -> list[float]:
+def window_losses(model: "BlockwiseModel", hidden_WLH: Tensor, ids_WL: Tensor) -> list[float]:
     """For each window of a group that has left the last block, the mean cross entropy, in nats, of the L - 1 tokens that
     have one before them; float32."""
     windows = max(1, LOGITS // (ids_WL.shape[1] * model.vocabulary))

@@ -4,15 +4,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoTokenizer
 
 from pipeline import sources
 from pipeline.architectures import Architecture, architecture_of
-from pipeline.blocks import BlockwiseModel, read_config
 from pipeline.config import Job, allowed
 from pipeline.errors import UserError
-from pipeline.modeling_sparse_expansion import SparseExpansionConfig
+from pipeline.model_config import is_expanded, read_config
 from pipeline.texts import HUB_SETS
 from pipeline.weights import Checkpoint
 from pipeline.windows import Request
@@ -37,7 +35,7 @@ class Source:
 
     @property
     def is_expanded(self) -> bool:
-        return isinstance(self.config, SparseExpansionConfig)
+        return is_expanded(self.config)
 
     @property
     def num_blocks(self) -> int:
@@ -76,10 +74,10 @@ def check_shapes(job: Job, source: Source) -> Architecture:
     if source.is_expanded:
         raise UserError(f"--model {source.name} is already expanded; give the dense model it came from.")
     architecture = architecture_of(source.config.model_type, source.name)
-    shapes = BlockwiseModel(source.directory, torch.float32, torch.device("meta")).linear_shapes(0)
+    checkpoint = Checkpoint(source.directory)
     for group in architecture.router_groups:
         for path in group:
-            columns = shapes[path][1]
+            columns = checkpoint.shape(f"{architecture.blocks}.0.{path}.weight")[1]
             if job.components(columns) == 0:
                 raise UserError(f"--pca-reduction-factor is {job.pca_reduction_factor}, but {path} has {columns} in features; "
                                 f"allowed is {allowed('pca_reduction_factor')}.")

@@ -39,6 +39,8 @@ def describe_run(result: dict) -> str:
         *(f"Warning: {warning}" for warning in result["warnings"]),
         f"Saved in {result['model_dir']}",
     ]
+    if "profile" in result:
+        lines += ["", result["profile"], "", f"Timeline, its picture and this table: {result['profile_dir']}"]
     return "\n".join(lines)
 
 

@@ -48,6 +48,14 @@ class Checkpoint:
         candidates += [candidate.partition(".")[2] for candidate in candidates]  # saved from the base model, without its prefix
         return next((candidate for candidate in candidates if candidate in self._file_of), None)
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a parameter, from the file's header."""
+        stored = self.find(name)
+        if stored is None:
+            raise UserError(f"{self.directory} lacks the tensor {name}.")
+        with safe_open(self._file_of[stored], framework="pt") as opened:
+            return tuple(opened.get_slice(stored).get_shape())
+
     def load(self, names: dict[str, str]) -> dict[str, Tensor]:
         """Tensors on the CPU as stored. `names` maps the names wanted in the result to stored names."""
         tensors: dict[str, Tensor] = {}

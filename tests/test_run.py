@@ -21,7 +21,7 @@ OPTIONS = ("--model", DEMO_MODEL, "--dataset", "self", "--dataset-size", 16, "--
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     directory = tmp_path_factory.mktemp("run") / "job"
-    return directory, run_job(*OPTIONS, "--output-dir", directory)
+    return directory, run_job(*OPTIONS, "--profile", "--output-dir", directory)
 
 
 def without_the_project(script: str, cwd, tmp_path) -> str:
@@ -46,7 +46,7 @@ def test_result(run):
 
 def test_files(run):
     directory, result = run
-    assert sorted(file.name for file in directory.iterdir()) == [".lock", "config.yaml", "layers", "manifest.json", "model", "stats", "windows"]
+    assert sorted(file.name for file in directory.iterdir()) == [".lock", "config.yaml", "layers", "manifest.json", "model", "profile", "stats", "windows"]
     shard = load_file(directory / "layers" / "layer_002.safetensors")
     weight, dense = shard["mlp.dense_h_to_4h.weight"], load_file(DEMO_MODEL / "model.safetensors")["gpt_neox.layers.2.mlp.dense_h_to_4h.weight"]
     assert weight.shape == (4, *dense.shape) and (weight == 0).float().mean(dim=(1, 2)).tolist() == pytest.approx([0.6] * 4, abs=0.002)
@@ -54,6 +54,25 @@ def test_files(run):
     assert len(table) == 4 * 2 * 4 and (table.groupby(["layer", "linear"]).tokens.sum() == 16 * 64).all()
     card = (directory / "model" / "README.md").read_text()
     assert f"{result['perplexity']:.3f}" in card and f"{result['dense_perplexity']:.3f}" in card and result["measured_on"] in card
+
+
+def test_profile(run):
+    """The timeline holds the driver's stages and what the actor did meanwhile; the table adds up to the stages' seconds."""
+    directory, result = run
+    events = json.loads((directory / "profile" / "timeline.json").read_text())["traceEvents"]
+    rows = {event["tid"]: event["args"]["name"] for event in events if event["ph"] == "M"}
+    assert sorted(rows.values()) == ["actor 0", "actor 0, files", "driver"]
+    calls = [(rows[event["tid"]], event["name"], event["args"]["of"]) for event in events if event["ph"] == "X"]
+    for layer in range(1, 5):
+        of = f"layer {layer} of 4"
+        assert {("driver", "cluster", of), ("driver", "solve", of), ("actor 0", "capture", of), ("actor 0", "fit", of), ("actor 0", "propagate", of)} <= set(calls)
+    assert sum(name == "write" and row == "actor 0, files" for row, name, _ in calls) == 4
+    fits = [event["dur"] for event in events if event["name"] == "fit"]
+    assert sum(fits) / 1e6 <= result["seconds_by_stage"]["cluster"] + 0.1
+    lines = (directory / "profile" / "stages.txt").read_text().splitlines()
+    table = {line.rsplit(maxsplit=4)[0]: float(line.rsplit(maxsplit=4)[2]) for line in lines[2:]}
+    assert table["solve"] == pytest.approx(result["seconds_by_stage"]["solve"], abs=0.01)
+    assert result["profile"].splitlines() == lines and (directory / "profile" / "timeline.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_saved_model_without_the_project(run, tmp_path):
