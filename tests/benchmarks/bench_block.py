@@ -38,14 +38,21 @@ class Shape:
     def tokens(self) -> int:
         return self.windows * self.length
 
+    @property
+    def gates(self) -> int:
+        return 2 if self.model_type == "llama" else 1
+
+    def dense_operations(self) -> float:
+        """Of one pass of the block."""
+        seen = self.length * self.hidden  # scores and values of a token that sees half of its window
+        return 2 * self.tokens * (4 * self.hidden**2 + seen + (self.gates + 1) * self.hidden * self.wide)
+
     def floor(self, job: Job) -> float:
-        gates = 2 if self.model_type == "llama" else 1
-        inner = self.length * self.hidden  # scores and values of a token that sees half of its window
-        passes = 2 * self.tokens * (4 * self.hidden**2 + inner + (2 * gates + 1) * self.hidden * self.wide)
+        again = 2 * self.tokens * self.gates * self.hidden * self.wide  # the gates run dense and sparse
         sums = 2 * self.tokens * (self.hidden**2 + self.wide**2)
         solves = job.num_clusters * sum(2 / 3 * columns**3 + rows * columns**2
-                                        for rows, columns in ((gates * self.wide, self.hidden), (self.hidden, self.wide)))
-        return (passes + sums) / product_rate(self.dtype) + solves / product_rate()
+                                        for rows, columns in ((self.gates * self.wide, self.hidden), (self.hidden, self.wide)))
+        return (self.dense_operations() + again + sums) / product_rate(self.dtype) + solves / product_rate()
 
 
 MINI = Shape("pythia-mini", "gpt_neox", 256, 1024, 4, 128, 512, torch.float32, 8, with_plain=True)
@@ -138,8 +145,7 @@ def test_capture(shape, tmp_path, benchmark, record):
     model.embed(torch.zeros(1, shape.length, dtype=torch.long))
     paths = [group[0] for group in architecture.router_groups]
     one_by_one = seconds(lambda: [plain.capture(model, block, 0, hidden_WLH, path) for path in paths], 1)
-    gates = 2 if shape.model_type == "llama" else 1
-    operations = 2 * shape.tokens * (4 * shape.hidden**2 + shape.length * shape.hidden + gates * shape.hidden * shape.wide)
+    operations = shape.dense_operations() - 2 * shape.tokens * shape.hidden * shape.wide  # it stops before the down projection
     record(f"capture, {shape.name}-shaped block, {shape.windows} x {shape.length} tokens", here, operations / product_rate(shape.dtype), one_by_one)
 
 
