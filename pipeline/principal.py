@@ -15,7 +15,7 @@ CHANGE, MOST = 1e-3, 30  # stop when the variance that the vectors hold grows by
 
 def principal_axes(tokens_NC: Tensor, components: int, seed: int) -> tuple[Tensor, Tensor]:
     """Mean (C) and the leading principal axes (D, C), orthonormal, largest variance first; float32."""
-    mean_C = sum(chunk_NC.sum(0, dtype=torch.float64) for chunk_NC in chunks(tokens_NC)).div_(len(tokens_NC)).float()
+    mean_C = sum(chunk_NC.sum(0, dtype=torch.float32).double() for chunk_NC in chunks(tokens_NC)).div_(len(tokens_NC)).float()
     covariance_CC = gram(tokens_NC, mean_C).div_(len(tokens_NC))
     if len(covariance_CC) > WHOLE and components * MORE < len(covariance_CC) / 2:
         return mean_C, _leading(covariance_CC, components, seed)

@@ -1,8 +1,8 @@
 """Fitting a router: principal components, then KMeans by cuML on a GPU, by scikit-learn on a CPU, turned into two tensors.
 
 Many restarts cheaply: they run on a sample, in heats; the winner of each heat goes a little further over all tokens, and
-the best of those to the end. With 16 clusters of 65,536 tokens that ended 0.0 to 1.8 % below (once 0.1 % above) the inertia of
-half as many restarts over all tokens.
+the best of those to the end. In 24 fits of 16 clusters to 65,536 tokens that ended 1.3 % below to 0.08 % above
+the inertia of 10 restarts over all tokens (0.35 % below on average), in half the time.
 
 Shapes: N tokens, C columns (in features), D principal components, E experts (clusters).
 """
@@ -18,7 +18,8 @@ from torch import Tensor
 
 from pipeline.principal import principal_axes, project
 
-SAMPLED = 512  # tokens for each cluster, in the sample
+# Tokens for each cluster, in the sample: a GPU takes no longer over four times as many.
+SAMPLED = {"cpu": 512, "cuda": 2048}
 STARTS = 3  # on the sample, for each restart asked for
 HEATS, FINALISTS = 6, 2
 FIRST_STEPS = 2  # iterations over all tokens before the finalists are chosen
@@ -55,7 +56,7 @@ KMeans = Callable[..., _Run]
 def fit(tokens_NC: Tensor, num_clusters: int, components: int | None, restarts: int, seed: int) -> Routing:
     """Cluster the tokens: PCA to `components` dimensions (None: no PCA), then KMeans, as good as the best of `restarts` runs.
 
-    Euclidean KMeans, as published. scikit-learn starts by k-means++, cuML by its own k-means||.
+    Euclidean KMeans, as published, started by k-means++.
     """
     if num_clusters == 1:
         return _one_cluster(tokens_NC)
@@ -72,9 +73,9 @@ def fit(tokens_NC: Tensor, num_clusters: int, components: int | None, restarts: 
 
 
 def _cluster(tokens_ND: Tensor, num_clusters: int, restarts: int, seed: int, kmeans: KMeans, map_over: Callable) -> _Run:
-    """The tournament. Too few tokens for a sample: every restart runs over all of them."""
-    sampled = SAMPLED * num_clusters
-    if 2 * sampled > len(tokens_ND):
+    """The tournament; or, where there are so few tokens that it would save nothing, every restart over all of them."""
+    sampled = SAMPLED[tokens_ND.device.type] * num_clusters
+    if 2 * STARTS * sampled > len(tokens_ND):
         return min(map_over(lambda restart: kmeans(tokens_ND, num_clusters, seed=seed + restart), range(restarts)), key=_inertia)
     places = torch.randperm(len(tokens_ND), generator=torch.Generator().manual_seed(seed))[:sampled]
     sample_ND = tokens_ND[places.to(tokens_ND.device)]
@@ -134,7 +135,7 @@ def _kmeans_sklearn(tokens_ND: Tensor, num_clusters: int, seed: int = 0, restart
 def _kmeans_cuml(tokens_ND: Tensor, num_clusters: int, seed: int = 0, restarts: int = 1, start: Tensor | None = None, steps: int = LAST_STEPS) -> _Run:
     from cuml import KMeans
 
-    init = {} if start is None else {"init": start}
-    fitted = KMeans(n_clusters=num_clusters, n_init=restarts, max_iter=steps, random_state=seed, output_type="cupy", **init).fit(tokens_ND)
+    init = "k-means++" if start is None else start
+    fitted = KMeans(n_clusters=num_clusters, init=init, n_init=restarts, max_iter=steps, random_state=seed, output_type="cupy").fit(tokens_ND)
     to_tensor = lambda array: torch.as_tensor(array, device=tokens_ND.device)  # noqa: E731
     return _Run(to_tensor(fitted.cluster_centers_).clone(), to_tensor(fitted.labels_).int(), float(fitted.inertia_))

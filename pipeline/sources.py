@@ -53,19 +53,18 @@ def fetch(model: str, model_size: str | None, revision: str | None, cache_dir: s
         if revision is not None:
             raise UserError(f"--revision is {revision!r}, but --model {model} is a local directory, which has none.")
         return Path(model).resolve(), None
-    revision = hub_revision
     if model.startswith((".", "/", "~")) or name.count("/") > 1:
         raise UserError(f"--model {model} is no directory on this machine.")
     if "/" not in name:
         raise UserError(f"--model {model!r} is not known: give a hub id such as EleutherAI/pythia-70m-deduped, a local directory, "
                         "demo, or pythia or llama with --model-size.")
     try:
-        directory = Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=[*_FILES, "*.safetensors"]))
+        directory = Path(snapshot_download(name, revision=hub_revision, cache_dir=cache_dir, allow_patterns=[*_FILES, "*.safetensors"]))
         if not list(directory.glob("*.safetensors")):
-            directory = Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, allow_patterns=[*_FILES, "pytorch_model*.bin"]))
+            directory = Path(snapshot_download(name, revision=hub_revision, cache_dir=cache_dir, allow_patterns=[*_FILES, "pytorch_model*.bin"]))
             _convert(directory)
     except RevisionNotFoundError:
-        raise UserError(f"--revision {revision!r} does not exist for --model {name}.") from None
+        raise UserError(f"--revision {hub_revision!r} does not exist for --model {name}.") from None
     except (RepositoryNotFoundError, HFValidationError):
         raise UserError(f"--model {name} is neither a local directory nor a model that the hub shows you (gated models need HF_TOKEN).") from None
     except LocalEntryNotFoundError:
@@ -73,7 +72,7 @@ def fetch(model: str, model_size: str | None, revision: str | None, cache_dir: s
         raise UserError(f"--model {name} is neither a local directory nor in the cache, and {offline}.") from None
     except (HfHubHTTPError, OSError) as error:
         raise UserError(f"--model {name} could not be downloaded: {' '.join(str(error).split())}") from None
-    return directory, revision or directory.name
+    return directory, hub_revision or directory.name
 
 
 def _convert(directory: Path) -> None:

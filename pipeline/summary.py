@@ -63,13 +63,13 @@ def read_status(directory: str) -> dict:
     if manifest is None:
         raise UserError(f"{path} holds no job: it has no manifest.json.")
     layers = manifest["layers"]
+    left = [index for index in range(manifest["num_blocks"]) if str(index) not in layers]  # of a finished job, too: a damaged layer is made again
     evaluations = {entry["what"]: entry["perplexity"] for entry in manifest["evaluations"].values()}
     shown = next((entry for entry in manifest["evaluations"].values()), {})
     seconds = {stage: round(value, 3) for stage, value in manifest["seconds"].items() if value}
     return {
-        "run_dir": str(path), "identity": manifest["identity"], "finished": bool(manifest.get("finished")),
-        "layers": manifest["num_blocks"], "layers_done": sorted(int(index) for index in layers),
-        "layers_left": [index for index in range(manifest["num_blocks"]) if str(index) not in layers],
+        "run_dir": str(path), "identity": manifest["identity"], "finished": bool(manifest.get("finished")) and not left and "model" in manifest,
+        "layers": manifest["num_blocks"], "layers_done": sorted(int(index) for index in layers), "layers_left": left,
         "perplexity": evaluations.get("expanded"), "dense_perplexity": evaluations.get("dense"),
         "windows": shown.get("windows"), "window_length": shown.get("window_length"), "measured_on": shown.get("dataset"),
         "seconds": round(sum(seconds.values()), 3), "seconds_by_stage": seconds,

@@ -60,3 +60,18 @@ def shared() -> Path:
     if not (directory / "parity").is_dir():
         pytest.skip("the reference data (../shared) is not here")
     return directory
+
+
+@pytest.fixture(scope="session")
+def job(tmp_path_factory) -> list[str]:
+    """The options of a small job, without --output-dir."""
+    from tests.jobs import make_inputs
+
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+@pytest.fixture(scope="session")
+def undisturbed(job, tmp_path_factory) -> tuple[Path, dict]:
+    """That job's directory when nothing went wrong, to be left as it is, and its result."""
+    directory = tmp_path_factory.mktemp("undisturbed") / "run"
+    return directory, run_job(*job, "--output-dir", directory)

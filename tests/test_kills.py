@@ -5,21 +5,8 @@ import random
 import signal
 import time
 
-import pytest
-
 from tests.conftest import command, run_job, start_command
-from tests.jobs import actors_of, alive, make_inputs, shard_hashes
-
-
-@pytest.fixture(scope="module")
-def job(tmp_path_factory):
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(job, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("undisturbed") / "run"
-    return directory, run_job(*job, "--output-dir", directory)
+from tests.jobs import actors_of, alive, shard_hashes
 
 
 def wait_for_stage(process, stage: str, delay: float) -> list[int]:

@@ -1,22 +1,19 @@
 """What a run directory makes of the next start: damaged files, other jobs, starting over."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from tests.conftest import command, run_job
-from tests.jobs import make_inputs, shard_hashes
+from tests.jobs import shard_hashes
 
 
-@pytest.fixture(scope="module")
-def job(tmp_path_factory):
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(job, tmp_path_factory):
-    directory = tmp_path_factory.mktemp("undisturbed") / "run"
-    return directory, run_job(*job, "--output-dir", directory)
+@pytest.fixture
+def finished(undisturbed, tmp_path):
+    """A finished job's directory, to be spoilt, and its result."""
+    shutil.copytree(undisturbed[0], tmp_path / "run")
+    return tmp_path / "run", undisturbed[1]
 
 
 def damage(file: Path) -> None:
@@ -25,8 +22,8 @@ def damage(file: Path) -> None:
     file.write_bytes(content)
 
 
-def test_damaged_files_are_named_and_made_again(job, undisturbed):
-    directory, result = undisturbed
+def test_damaged_files_are_named_and_made_again(job, finished):
+    directory, result = finished
     before = shard_hashes(directory)
     damage(directory / "layers" / "layer_001.safetensors")
     damage(directory / "model" / "model-00003-of-00004.safetensors")
@@ -38,13 +35,13 @@ def test_damaged_files_are_named_and_made_again(job, undisturbed):
     assert shard_hashes(directory) == before
 
 
-def test_another_job_is_refused(job, undisturbed):
-    outcome = command("run", *job, "--output-dir", undisturbed[0], "--sparsity", "2:4", "--seed", 3)
+def test_another_job_is_refused(job, finished):
+    outcome = command("run", *job, "--output-dir", finished[0], "--sparsity", "2:4", "--seed", 3)
     assert outcome.code == 2
-    assert f"--output-dir {undisturbed[0]} holds another job: it differs in sparsity (0.5 there, 2:4 here), seed (0 there, 3 here)" in outcome.err
+    assert f"--output-dir {finished[0]} holds another job: it differs in sparsity (0.5 there, 2:4 here), seed (0 there, 3 here)" in outcome.err
 
 
-def test_never_starts_over(job, undisturbed):
-    before = shard_hashes(undisturbed[0])
-    result = run_job(*job, "--output-dir", undisturbed[0], "--resume", "never")
-    assert result["layers_resumed"] == 0 and shard_hashes(undisturbed[0]) == before
+def test_never_starts_over(job, finished):
+    before = shard_hashes(finished[0])
+    result = run_job(*job, "--output-dir", finished[0], "--resume", "never")
+    assert result["layers_resumed"] == 0 and shard_hashes(finished[0]) == before
