@@ -32,6 +32,16 @@ LOSSES_WITHOUT_PROGRESS = 3  # crews lost in a row before the job stops
 
 
 @dataclass
+class _Unrecorded:
+    """A block whose shard is being written. `written`: its hash, once it is there."""
+
+    index: int
+    written: ray.ObjectRef
+    seconds: dict[str, float]
+    reports: list[dict]
+
+
+@dataclass
 class Conductor:
     """Runs a job's stages over a crew of actors. `seconds` adds up by stage."""
 
@@ -46,6 +56,7 @@ class Conductor:
 
     def __post_init__(self):
         self.actors: list = []
+        self.unrecorded: _Unrecorded | None = None
         self.workers: dict[str, int] = {}
 
     # The crew
@@ -123,6 +134,7 @@ class Conductor:
         missing = run.missing_layers()
         if not missing:
             return
+        self.unrecorded = None
         shares = self._shares(windows)
         starts = [sum(ids_WL.numel() for share in shares[:rank] for _, ids_WL in share) for rank in range(len(shares))]
         with self._timed("embed"):
@@ -139,6 +151,7 @@ class Conductor:
                 with self._timed("replay", layer):
                     self.reporter.stage("replay", layer)
                     ray.get([actor.replay.remote(index, weights) for actor in self.actors])
+        self._record(run)
 
     def _shares(self, windows: Windows) -> list[list[tuple[int, Tensor]]]:
         """Each actor's consecutive window groups, numbered."""
@@ -149,6 +162,7 @@ class Conductor:
         seconds: dict[str, float] = {}
 
         def stage(name: str) -> AbstractContextManager[None]:
+            self._record(run, wait=False)
             self.reporter.stage(name, layer)
             return self._timed(name, layer, seconds)
 
@@ -160,23 +174,37 @@ class Conductor:
             self.reporter.advance(0.3)
         with stage("solve"):
             tasks, solvers = self._assign(fitted)
-            reports = ray.get([self._solve(fits[task.router], task, solver) for task, solver in zip(tasks, solvers)])
+            reports = ray.get([self._solve(index, fits[task.router], task, solver) for task, solver in zip(tasks, solvers)])
             self.reporter.advance(0.6)
         with stage("propagate"):
-            # Only what another actor solved moves; on one actor nothing does. The shard is written meanwhile.
-            finished = [solver.experts.remote(task) if len(self.actors) > 1 else None for task, solver in zip(tasks, solvers)]
+            # Only what another actor solved moves; on one actor nothing does.
+            finished = [solver.experts.remote(index, task) if len(self.actors) > 1 else None for task, solver in zip(tasks, solvers)]
             everywhere = ray.put(fitted)
 
             def from_others(actor) -> list[ray.ObjectRef]:
                 return [experts for experts, solver in zip(finished, solvers) if solver != actor]
 
+            self._record(run)
             written = owner.write.remote(index, everywhere, tasks, *from_others(owner))
             ray.get([actor.propagate.remote(index, everywhere, tasks, *from_others(actor)) for actor in self.actors])
-        with stage("write"):
-            digest = ray.get(written)
-        for key in seconds:
-            run.add_seconds(key, seconds[key])
-        run.record_layer(index, digest, seconds, sorted(sum(reports, []), key=lambda report: (report["router"], report["expert"])))
+        self.unrecorded = _Unrecorded(index, written, seconds, sorted(sum(reports, []), key=lambda report: (report["router"], report["expert"])))
+
+    def _record(self, run: RunDirectory, wait: bool = True) -> None:
+        """Note in the manifest that the last block's shard is written. It is written while the next block goes on: only if that one
+        is to be written, too, or `wait` says so at the end, is there anything to wait for."""
+        last = self.unrecorded
+        if last is None or not wait and not ray.wait([last.written], timeout=0)[0]:
+            return
+        layer = f"layer {last.index + 1} of {run.num_blocks}"
+        with self._timed("write", layer, last.seconds):
+            self.reporter.stage("write", layer)
+            digest = ray.get(last.written)
+        self.unrecorded = None
+        for stage, seconds in last.seconds.items():
+            run.add_seconds(stage, seconds)
+        run.record_layer(last.index, digest, last.seconds, last.reports)
+        for actor in self.actors:
+            actor.forget.remote(last.index)
         self.reporter.advance(0.1)
 
     def _fit(self, router: int, fitter) -> ray.ObjectRef:
@@ -196,9 +224,9 @@ class Conductor:
                     solvers.append(actor)
         return tasks, solvers
 
-    def _solve(self, fit: ray.ObjectRef, task: Task, solver) -> ray.ObjectRef:
+    def _solve(self, index: int, fit: ray.ObjectRef, task: Task, solver) -> ray.ObjectRef:
         elsewhere = [actor.tokens_of.remote(fit, task) for actor in self.actors if actor != solver]
-        return solver.solve.remote(fit, task, *elsewhere)
+        return solver.solve.remote(index, fit, task, *elsewhere)
 
     # The rest
 

@@ -76,6 +76,7 @@ class LayerShard:
         self.job, self.run, self.architecture, self.groups = job, run, architecture, architecture.router_groups
         self.model = BlockwiseModel(directory, self.dtype, self.device)
         self.hidden = {number: self.model.embed(ids) for number, ids in windows.items()}
+        self.solved: dict[int, dict[tuple[int, tuple[int, ...]], dict[str, Tensor]]] = {}  # experts by block and task
         self.share = slice(start, start + sum(ids.numel() for ids in windows.values()))
 
     @beside
@@ -85,7 +86,7 @@ class LayerShard:
 
     def capture(self, index: int, weights: dict) -> None:
         log.info("layer %d: capturing %d window groups", index, len(self.hidden))
-        self.solved: dict[tuple[int, tuple[int, ...]], dict[str, Tensor]] = {}
+        self.solved[index] = {}
         self.sorted: dict[int, TokensByExpert] = {}
         self.block = self.model.load_block(index, unpack_all(weights))
         self.captured = capture(self.model, self.block, index, self.hidden, self.architecture)
@@ -123,8 +124,8 @@ class LayerShard:
             self.sorted[router] = TokensByExpert(self.captured.inputs[router], labels_N, self.job.num_clusters)
         return self.sorted[router].of(expert) if fitted["counts"][expert] else self.captured.inputs[router]
 
-    def solve(self, fitted: dict, task: Task, *elsewhere: dict[int, Wire]) -> list[dict]:
-        """Solve a task's experts; the weights stay here until they are asked for. Returns their reports."""
+    def solve(self, index: int, fitted: dict, task: Task, *elsewhere: dict[int, Wire]) -> list[dict]:
+        """Solve a task's experts; the weights stay here until `forget`. Returns their reports."""
         log.info("solving experts %s of router %d", task.experts, task.router)
         group = self.groups[task.router]
         linears = {path: self.block.get_submodule(path).weight for path in group}
@@ -133,17 +134,21 @@ class LayerShard:
             return self._with_own(self._tokens_of(fitted, task.router, expert), [others[expert] for others in elsewhere])
 
         weights, reports = solve_experts(self.job, linears, task.experts, tokens_of, fitted["counts"])
-        self.solved[task.router, tuple(task.experts)] = weights
+        self.solved[index][task.router, tuple(task.experts)] = weights
         return [{"router": router_name(list(group)), **asdict(report)} for report in reports]
 
-    def experts(self, task: Task) -> dict:
+    def experts(self, index: int, task: Task) -> dict:
         """The finished experts of a task, for the other actors."""
-        return pack_all(self.solved[task.router, tuple(task.experts)])
+        return pack_all(self.solved[index][task.router, tuple(task.experts)])
+
+    def forget(self, index: int) -> None:
+        """A block is written: its experts are not needed any more."""
+        self.solved.pop(index, None)
 
     @beside
     def write(self, index: int, fitted: list[dict], tasks: list[Task], *elsewhere: dict) -> str:
         """Write a block's shard; returns its hash."""
-        tensors = self._weights(tasks, elsewhere)
+        tensors = self._weights(index, tasks, elsewhere)
         tensors = {f"{path}.weight": weight for path, weight in tensors.items()}
         for router, (group, fit) in enumerate(zip(self.groups, fitted)):
             for name, tensor in unpack_all(fit["tensors"]).items():
@@ -154,7 +159,7 @@ class LayerShard:
     def propagate(self, index: int, fitted: list[dict], tasks: list[Task], *elsewhere: dict) -> None:
         """Send this actor's windows through the experts: the next block's inputs."""
         self.sorted = self.captured.inputs = None
-        self._propagate(index, self._weights(tasks, elsewhere), [unpack(fit["labels"]) for fit in fitted], self.captured.attention)
+        self._propagate(index, self._weights(index, tasks, elsewhere), [unpack(fit["labels"]) for fit in fitted], self.captured.attention)
 
     def replay(self, index: int, weights: dict) -> None:
         """Send this actor's windows through a block that is already on disk."""
@@ -167,12 +172,12 @@ class LayerShard:
         own = [labels_N[self.share].to(self.device) for labels_N in labels]
         propagate(self.model, self.block, index, self.hidden, self.architecture, weights, own, attention)
 
-    def _weights(self, tasks: list[Task], elsewhere: tuple[dict, ...]) -> dict[str, Tensor]:
+    def _weights(self, index: int, tasks: list[Task], elsewhere: tuple[dict, ...]) -> dict[str, Tensor]:
         """Experts of all tasks in order (E, R, C) by path: this actor's own, and the others' in the order of the tasks."""
         others = iter(elsewhere)
         pieces: dict[str, dict[int, Tensor]] = {}
         for task in tasks:
-            own = self.solved.get((task.router, tuple(task.experts)))
+            own = self.solved[index].get((task.router, tuple(task.experts)))
             found = own or unpack_all(next(others), self.device)
             if len(task.experts) == self.job.num_clusters:  # all of them, in order
                 pieces |= found

@@ -62,6 +62,15 @@ def shared() -> Path:
     return directory
 
 
+@pytest.fixture(scope="module")
+def one_ray():
+    """One Ray for all jobs of a module's tests in this process; each would else start its own."""
+    from actors.cluster import connected
+
+    with connected(None, verbose=False):
+        yield
+
+
 @pytest.fixture(scope="session")
 def job(tmp_path_factory) -> list[str]:
     """The options of a small job, without --output-dir."""

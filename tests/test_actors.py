@@ -7,6 +7,8 @@ from pipeline.demo import DEMO_MODEL
 from tests.conftest import run_job
 from tests.jobs import make_inputs, shard_hashes
 
+pytestmark = pytest.mark.usefixtures("one_ray")
+
 
 def layer_bytes(run) -> list[bytes]:
     return [file.read_bytes() for file in sorted(run.glob("layers/*.safetensors"))]

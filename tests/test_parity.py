@@ -12,6 +12,8 @@ from tests.conftest import command, run_job
 
 DENSE = {"pythia-mini": 32.78, "llama-mini": 36.20}
 
+pytestmark = pytest.mark.usefixtures("one_ray")
+
 
 def parity(shared, tmp_path, experts: int, sparsity: str) -> dict:
     return run_job("--model", shared / "models" / "pythia-mini", "--dataset", shared / "parity" / "calibration_ids.npy", "--num-clusters", experts,

@@ -8,6 +8,8 @@ import pytest
 from tests.conftest import command, run_job
 from tests.jobs import shard_hashes
 
+pytestmark = pytest.mark.usefixtures("one_ray")
+
 
 @pytest.fixture
 def finished(undisturbed, tmp_path):

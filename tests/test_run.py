@@ -17,6 +17,8 @@ from tests.conftest import command, run_job
 OPTIONS = ("--model", DEMO_MODEL, "--dataset", "self", "--dataset-size", 16, "--eval-size", 6, "--seq-len", 64, "--num-clusters", 4,
            "--sparsity", "0.6", "--kmeans-restarts", 2)
 
+pytestmark = pytest.mark.usefixtures("one_ray")
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):

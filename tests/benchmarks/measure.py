@@ -1,6 +1,7 @@
 """Seconds, and the rates of this device that floors are taken from."""
 
 import functools
+import gc
 import threading
 import time
 from collections.abc import Callable
@@ -55,6 +56,9 @@ class PeakMemory:
     """The most bytes of the card in use, by every library, while this lasts."""
 
     def __enter__(self) -> "PeakMemory":
+        gc.collect()
+        if ON_GPU:
+            torch.cuda.empty_cache()  # what earlier benchmarks left
         self.bytes, self._over = 0, threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
