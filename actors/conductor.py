@@ -50,7 +50,6 @@ class Conductor:
     reporter: Reporter
     verbose: bool = False
     seconds: dict[str, float] = field(default_factory=dict)
-    warm: Job | None = None  # the job that the actors warm up for
     kept: list | None = None  # actors of an earlier job to go on with, and where a later one finds them; None: they end with the job
     spans: list[Span] = field(default_factory=list)  # the stages, as they went by
 
@@ -67,8 +66,6 @@ class Conductor:
             places = ray.get([actor.where.remote() for actor in self.actors])
             self.devices = [place.device for place in places]
             self.workers |= {place.worker: rank for rank, place in enumerate(places)}
-            if self.warm:
-                ray.get([actor.warm_up.remote(self.warm) for actor in self.actors])
 
     def _new_actors(self) -> list:
         options = dict(num_cpus=self.crew.cpus, num_gpus=self.crew.gpus, max_restarts=0)
@@ -135,6 +132,8 @@ class Conductor:
         if not missing:
             return
         self.unrecorded = None
+        with self._timed("start"):
+            ray.get([actor.warm_up.remote(job) for actor in self.actors])
         shares = self._shares(windows)
         starts = [sum(ids_WL.numel() for share in shares[:rank] for _, ids_WL in share) for rank in range(len(shares))]
         with self._timed("embed"):

@@ -49,7 +49,7 @@ def run(job: Job, kept: list | None = None) -> dict:
         crew = size_crew(job.actors, job.threads)
         dtype = job.dtype_on("cuda" if crew.gpus else "cpu", source.checkpoint_dtype)
         bar = Bar(source.num_blocks * (1.0 + EVALUATION_COST * (evaluation is not None) * (2 - job.no_dense)), job.verbose)
-        conductor = Conductor(crew, dtype, bar, job.verbose, {"windows": reading}, warm=job, kept=kept)
+        conductor = Conductor(crew, dtype, bar, job.verbose, {"windows": reading}, kept=kept)
         try:
             bar.stage("start", f"{crew.actors} actor{'s' if crew.actors > 1 else ''} of {'a GPU' if crew.gpus else f'{crew.threads} CPU threads'}")
             conductor.start()

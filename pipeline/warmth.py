@@ -14,7 +14,7 @@ def warm_up(job: Job, device: torch.device) -> None:
     """A tiny fit and, on a GPU, a tiny solve of the job's own kind."""
     tokens_NC = torch.randn(TOKENS, COLUMNS, generator=torch.Generator().manual_seed(0)).to(device)
     if job.num_clusters > 1:
-        fit(tokens_NC, 2, 4, restarts=1, seed=0)
+        fit(tokens_NC[:, :ROWS], 2, 4, restarts=1, seed=0)
     if device.type != "cuda":
         return
     columns = COLUMNS - COLUMNS % job.pattern.m if job.pattern.is_n_of_m else COLUMNS

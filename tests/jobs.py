@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -55,3 +56,19 @@ def alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def wait_for_stage(process, stage: str, delay: float) -> list[int]:
+    """Until the job says that it is in a stage, and a moment longer; returns its process and its actors'."""
+    for line in process.stderr:
+        if stage in line:
+            time.sleep(delay)
+            return [process.pid, *actors_of(process.pid)]
+    raise AssertionError(f"the job ended before it came to {stage!r}")
+
+
+def assert_gone(pids: list[int]) -> None:
+    deadline = time.monotonic() + 30
+    while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not any(alive(pid) for pid in pids), "actors outlive their job"

@@ -54,8 +54,21 @@ def test_the_best_restart_is_kept():
     assert many == pytest.approx(min(KMeans(12, n_init=1, random_state=seed).fit(tokens_NC.numpy()).inertia_ for seed in range(8)), rel=1e-5)
 
 
-def test_same_seed_same_bits_however_many_runs_at_a_time():
-    tokens_NC = blobs(6, 2000, 32, 4)
+def test_restarts_on_a_sample_are_as_good_as_over_all_tokens():
+    """Enough tokens for the tournament, and clusters on which a single start may end high."""
+    tokens_NC = blobs(40, 16000, 12, 9)
+    runs = [KMeans(4, n_init=1, random_state=seed).fit(tokens_NC.numpy()) for seed in range(10)]
+    assert 2 * routing.STARTS * routing.SAMPLED["cpu"] * 4 <= len(tokens_NC)
+    fitted = routing.fit(tokens_NC, 4, None, restarts=10, seed=0)
+    best, worst = min(run.inertia_ for run in runs), max(run.inertia_ for run in runs)
+    assert fitted.inertia <= 1.001 * best < worst
+    distances = torch.cdist(tokens_NC.double(), fitted.weight_EC.double()) ** 2
+    assert fitted.inertia == pytest.approx(float(distances.gather(1, fitted.labels_N.long()[:, None]).sum()), rel=1e-3)
+
+
+@pytest.mark.parametrize("tokens", [2000, 20000])  # every restart over all tokens, and the tournament on a sample
+def test_same_seed_same_bits_however_many_runs_at_a_time(tokens):
+    tokens_NC = blobs(6, tokens, 32, 4)
     before = torch.get_num_threads()
     try:
         fits = []

@@ -1,46 +1,10 @@
-"""Killed anywhere, the same command goes on and ends with the same bytes."""
+"""An actor killed, the job goes on by itself; a job stopped or refused leaves nothing behind."""
 
 import os
-import random
 import signal
-import time
 
-from tests.conftest import command, run_job, start_command
-from tests.jobs import actors_of, alive, shard_hashes
-
-
-def wait_for_stage(process, stage: str, delay: float) -> list[int]:
-    """Until the job says that it is in a stage, and a moment longer; returns its process and its actors'."""
-    for line in process.stderr:
-        if stage in line:
-            time.sleep(delay)
-            return [process.pid, *actors_of(process.pid)]
-    raise AssertionError(f"the job ended before it came to {stage!r}")
-
-
-def assert_gone(pids: list[int]) -> None:
-    deadline = time.monotonic() + 30
-    while any(alive(pid) for pid in pids) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert not any(alive(pid) for pid in pids), "actors outlive their job"
-
-
-def test_kills_of_the_driver(job, undisturbed, tmp_path):
-    """SIGKILL again and again, each time a little further on and at a random moment of that stage; then it goes on to the end."""
-    generator = random.Random(11)
-    for stage in ("start", "cluster layer 1", "solve layer 2", "write layer 3", "assemble", "evaluate expanded layer 2"):
-        process = start_command("run", *job, "--output-dir", tmp_path / "run")
-        try:
-            pids = wait_for_stage(process, stage, generator.uniform(0, 0.1))
-        finally:
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
-        assert_gone(pids)
-    result = run_job(*job, "--output-dir", tmp_path / "run", "--resume", "require")
-    assert result["layers_resumed"] == 3  # nothing that was finished is made again
-    assert shard_hashes(tmp_path / "run") == shard_hashes(undisturbed[0])
-    assert result["perplexity"] == undisturbed[1]["perplexity"]
-    assert not list((tmp_path / "run").rglob("*.tmp-*"))
+from tests.conftest import command, start_command
+from tests.jobs import actors_of, assert_gone, shard_hashes, wait_for_stage
 
 
 def test_kills_of_an_actor(job, undisturbed, tmp_path):
