@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from pipeline.demo import DEMO_MODEL
 from tests.conftest import run_job
 from tests.jobs import make_inputs, shard_hashes
+from tests.models import save_tiny, token_windows
 
 pytestmark = pytest.mark.usefixtures("one_ray")
 
@@ -16,9 +16,10 @@ def layer_bytes(run) -> list[bytes]:
 
 def test_one_and_two_actors_write_the_same_bytes(tmp_path):
     """20 windows are three groups of unequal size, so the shares of two actors differ."""
-    np.save(tmp_path / "ids.npy", np.random.default_rng(0).integers(0, 2048, (20, 512)))
+    save_tiny(tmp_path / "model", hidden_size=128, intermediate_size=512, num_hidden_layers=2, max_position_embeddings=512)
+    np.save(tmp_path / "ids.npy", token_windows(20, 512).numpy())
     results = [
-        run_job("--model", DEMO_MODEL, "--dataset", tmp_path / "ids.npy", "--eval-dataset", tmp_path / "ids.npy", "--eval-size", 12, "--num-clusters", 4, "--no-dense",
+        run_job("--model", tmp_path / "model", "--dataset", tmp_path / "ids.npy", "--eval-dataset", tmp_path / "ids.npy", "--eval-size", 12, "--num-clusters", 4, "--no-dense",
                 "--kmeans-restarts", 2, "--actors", actors, "--threads", 1, "--output-dir", tmp_path / str(actors))
         for actors in (1, 2)]
     assert [result["actors"] for result in results] == [1, 2]

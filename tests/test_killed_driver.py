@@ -10,7 +10,7 @@ from tests.jobs import assert_gone, shard_hashes, wait_for_stage
 def test_kills_of_the_driver(job, undisturbed, tmp_path):
     """SIGKILL again and again, each time a little further on and at a random moment of that stage; then it goes on to the end."""
     generator = random.Random(11)
-    for stage in ("cluster layer 1", "solve layer 2", "write layer 3", "assemble", "evaluate expanded layer 2"):
+    for stage in ("solve layer 2", "write layer 3", "assemble", "evaluate expanded layer 2"):
         process = start_command("run", *job, "--output-dir", tmp_path / "run")
         try:
             pids = wait_for_stage(process, stage, generator.uniform(0, 0.1))

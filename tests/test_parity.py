@@ -22,6 +22,7 @@ def parity(shared, tmp_path, experts: int, sparsity: str, *more) -> dict:
                    "--output-dir", tmp_path / "run", *more)
 
 
+@pytest.mark.slow
 def test_dense_llama(shared):
     result = command("eval", "--model", shared / "models" / "llama-mini", "--eval-dataset", shared / "parity" / "test_ids.npy", "--dtype", "float32", "--json").json
     assert result["perplexity"] == pytest.approx(DENSE["llama-mini"], rel=1e-3)
