@@ -24,6 +24,7 @@ from pipeline.assembly import Assembly
 from pipeline.checkpoint import RunDirectory
 from pipeline.config import Job
 from pipeline.errors import UserError
+from pipeline.files import remove_leftovers
 from pipeline.perplexity import Perplexity
 from pipeline.timeline import DRIVER, Span, write_profile
 from pipeline.windows import Windows
@@ -85,6 +86,8 @@ class Conductor:
         lost, before = 0, progress()
         while True:
             try:
+                if lost:
+                    self.start()
                 return work()
             except RayActorError as error:
                 now = progress()
@@ -97,7 +100,6 @@ class Conductor:
                 stop_actors(self.actors)
                 if self.kept is not None:
                     self.kept.clear()
-                self.start()
 
     @contextlib.contextmanager
     def _timed(self, stage: str, layer: str = "", *more: dict[str, float]) -> Iterator[None]:
@@ -128,10 +130,13 @@ class Conductor:
                         lambda: len(run.missing_layers()))
 
     def _expand_missing(self, job: Job, directory: Path, architecture: Architecture, windows: Windows, run: RunDirectory) -> None:
+        with contextlib.suppress(RayActorError):
+            self._record(run, wait=False)  # what a crew that has died had finished
+        self.unrecorded = None
+        remove_leftovers(run.path / "layers")
         missing = run.missing_layers()
         if not missing:
             return
-        self.unrecorded = None
         with self._timed("start"):
             ray.get([actor.warm_up.remote(job) for actor in self.actors])
         shares = self._shares(windows)
@@ -168,13 +173,14 @@ class Conductor:
         with stage("capture"):
             ray.get([actor.capture.remote(index, weights) for actor in self.actors])
         with stage("cluster"):
-            fits = [self._fit(router, self.actors[(index + router) % len(self.actors)]) for router in range(len(architecture.router_groups))]
+            fits = self._fit(index, len(architecture.router_groups))
             fitted = ray.get(fits)
             self.reporter.advance(0.3)
         with stage("solve"):
             tasks, solvers = self._assign(fitted)
-            reports = ray.get([self._solve(index, fits[task.router], task, solver) for task, solver in zip(tasks, solvers)])
+            reports = ray.get(self._solve(index, fits, tasks, solvers))
             self.reporter.advance(0.6)
+        self._record(run)
         with stage("propagate"):
             # Only what another actor solved moves; on one actor nothing does.
             finished = [solver.experts.remote(index, task) if len(self.actors) > 1 else None for task, solver in zip(tasks, solvers)]
@@ -183,7 +189,6 @@ class Conductor:
             def from_others(actor) -> list[ray.ObjectRef]:
                 return [experts for experts, solver in zip(finished, solvers) if solver != actor]
 
-            self._record(run)
             written = owner.write.remote(index, everywhere, tasks, *from_others(owner))
             ray.get([actor.propagate.remote(index, everywhere, tasks, *from_others(actor)) for actor in self.actors])
         self.unrecorded = _Unrecorded(index, written, seconds, sorted(sum(reports, []), key=lambda report: (report["router"], report["expert"])))
@@ -206,9 +211,17 @@ class Conductor:
             actor.forget.remote(last.index)
         self.reporter.advance(0.1)
 
-    def _fit(self, router: int, fitter) -> ray.ObjectRef:
-        elsewhere = [actor.tokens.remote(router) for actor in self.actors if actor != fitter]
-        return fitter.fit.remote(router, *elsewhere)
+    # An actor does what it is asked in the order of asking: everybody's tokens are asked for before anybody computes with them.
+
+    def _fit(self, index: int, routers: int) -> list[ray.ObjectRef]:
+        fitters = [self.actors[(index + router) % len(self.actors)] for router in range(routers)]
+        elsewhere = [[actor.tokens.remote(router) for actor in self.actors if actor != fitter] for router, fitter in enumerate(fitters)]
+        return [fitter.fit.remote(router, *tokens) for (router, fitter), tokens in zip(enumerate(fitters), elsewhere)]
+
+    def _solve(self, index: int, fits: list[ray.ObjectRef], tasks: list[Task], solvers: list) -> list[ray.ObjectRef]:
+        elsewhere = [[actor.tokens_of.remote(fits[task.router], task) for actor in self.actors if actor != solver]
+                     for task, solver in zip(tasks, solvers)]
+        return [solver.solve.remote(index, fits[task.router], task, *tokens) for task, solver, tokens in zip(tasks, solvers, elsewhere)]
 
     def _assign(self, fitted: list[dict]) -> tuple[list[Task], list]:
         """Deal every router's experts to the actors, large clusters and small ones alike, and so that each actor solves a
@@ -222,10 +235,6 @@ class Conductor:
                     tasks.append(Task(router, experts))
                     solvers.append(actor)
         return tasks, solvers
-
-    def _solve(self, index: int, fit: ray.ObjectRef, task: Task, solver) -> ray.ObjectRef:
-        elsewhere = [actor.tokens_of.remote(fit, task) for actor in self.actors if actor != solver]
-        return solver.solve.remote(index, fit, task, *elsewhere)
 
     # The rest
 

@@ -148,7 +148,7 @@ class LayerShard:
     @beside
     def write(self, index: int, fitted: list[dict], tasks: list[Task], *elsewhere: dict) -> str:
         """Write a block's shard; returns its hash."""
-        tensors = self._weights(index, tasks, elsewhere)
+        tensors = self._weights(index, tasks, elsewhere, torch.device("cpu"))
         tensors = {f"{path}.weight": weight for path, weight in tensors.items()}
         for router, (group, fit) in enumerate(zip(self.groups, fitted)):
             for name, tensor in unpack_all(fit["tensors"]).items():
@@ -159,7 +159,7 @@ class LayerShard:
     def propagate(self, index: int, fitted: list[dict], tasks: list[Task], *elsewhere: dict) -> None:
         """Send this actor's windows through the experts: the next block's inputs."""
         self.sorted = self.captured.inputs = None
-        self._propagate(index, self._weights(index, tasks, elsewhere), [unpack(fit["labels"]) for fit in fitted], self.captured.attention)
+        self._propagate(index, self._weights(index, tasks, elsewhere, self.device), [unpack(fit["labels"]) for fit in fitted], self.captured.attention)
 
     def replay(self, index: int, weights: dict) -> None:
         """Send this actor's windows through a block that is already on disk."""
@@ -172,13 +172,13 @@ class LayerShard:
         own = [labels_N[self.share].to(self.device) for labels_N in labels]
         propagate(self.model, self.block, index, self.hidden, self.architecture, weights, own, attention)
 
-    def _weights(self, index: int, tasks: list[Task], elsewhere: tuple[dict, ...]) -> dict[str, Tensor]:
+    def _weights(self, index: int, tasks: list[Task], elsewhere: tuple[dict, ...], device: torch.device) -> dict[str, Tensor]:
         """Experts of all tasks in order (E, R, C) by path: this actor's own, and the others' in the order of the tasks."""
         others = iter(elsewhere)
         pieces: dict[str, dict[int, Tensor]] = {}
         for task in tasks:
             own = self.solved[index].get((task.router, tuple(task.experts)))
-            found = own or unpack_all(next(others), self.device)
+            found = {path: weight_ERC.to(device) for path, weight_ERC in own.items()} if own else unpack_all(next(others), device)
             if len(task.experts) == self.job.num_clusters:  # all of them, in order
                 pieces |= found
                 continue

@@ -5,6 +5,7 @@
     windows/           the token windows, so that a resumed job sees the same ones
     layers/            layer_000.safetensors ...
     stats/             experts.parquet
+    profile/           where the time went, if that was asked for
     model/             the assembled model
 
 A shard holds, by their names in the block, the experts' weights (E, R, C) and the routers' tensors, and as `labels.G` the

@@ -42,7 +42,7 @@ class Job(BaseModel):
     num_clusters: int = _field(16, "Experts of each linear; 1 is plain SparseGPT.", "a whole number from 1", ge=1)
     pca_reduction_factor: int = _field(8, "Cluster in (in features / this) principal components.", "a whole number from 1 to the narrowest expanded linear's in features, without --no-pca", ge=1)
     no_pca: bool = _field(False, "Cluster the raw inputs.", "true or false")
-    kmeans_restarts: int = _field(10, "KMeans runs of a router, of which the best is kept.", "a whole number from 1", ge=1)
+    kmeans_restarts: int = _field(10, "A router is as good as the best of so many KMeans runs; where tokens abound most of them run on a sample.", "a whole number from 1", ge=1)
 
     dataset: str = _field("wikitext2", f"Calibration data: {KNOWN_DATA}.", KNOWN_DATA, min_length=1)
     dataset_size: int | None = _field(None, "Calibration windows; 128 unless given (of a .npy file, all).", "a whole number from 1", ge=1)

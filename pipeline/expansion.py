@@ -44,14 +44,12 @@ def capture(model: BlockwiseModel, block: nn.Module, index: int, hidden: dict[in
     too: that one is fitted on what the dense gate and up produce, as published."""
     groups = architecture.router_groups
     tokens = sum(hidden_WLH.shape[:2].numel() for hidden_WLH in hidden.values())
-    captured = Captured([torch.empty(0)] * len(groups), {})
+    captured = Captured([torch.empty(tokens, block.get_submodule(group[0]).in_features, dtype=model.dtype, device=model.device) for group in groups], {})
     done = 0
 
     def keep(router: int):
         def hook(_, args):
             tapped_NC = args[0].reshape(-1, args[0].shape[-1])
-            if done == 0:
-                captured.inputs[router] = tapped_NC.new_empty(tokens, tapped_NC.shape[1])
             captured.inputs[router][done:done + len(tapped_NC)] = tapped_NC
             if router == len(groups) - 1:
                 raise _Tapped
@@ -121,23 +119,26 @@ def solve_experts(job: Job, linears: dict[str, Tensor], experts: list[int], toke
     dtype = next(iter(linears.values())).dtype
     weights = {path: weight.new_empty(len(experts), *weight.shape) for path, weight in linears.items()}
     reports: list[tuple] = []
-    waiting = _batches(experts, stacked_RC)
-    while waiting:
-        batch = waiting.pop(0)
-        try:
-            factor = inverse_factor(_hessians(batch, tokens_of))
-            weight_ERC, loss_ER = solve(stacked_RC, factor, job.pattern, rows, grid, dtype)
-        except torch.OutOfMemoryError:
-            if len(batch) == 1:
-                raise
-            waiting[:0] = [batch[:len(batch) // 2], batch[len(batch) // 2:]]
-            continue
+
+    def solve_batch(batch: list[int]) -> None:
+        factor = inverse_factor(_hessians(batch, tokens_of))
+        weight_ERC, loss_ER = solve(stacked_RC, factor, job.pattern, rows, grid, dtype)
         done = slice(len(reports), len(reports) + len(batch))
         for linear_ERC, part_ERC in zip(weights.values(), weight_ERC.split(rows, dim=1)):
             linear_ERC[done] = part_ERC
         zeros_EP = torch.stack([(part_ERC == 0).sum(dim=(1, 2)) for part_ERC in weight_ERC.split(rows, dim=1)], dim=1)
         loss_EP = torch.stack([part_ER.sum(1) for part_ER in loss_ER.split(rows, dim=1)], dim=1)
-        reports += zip(batch, factor.damping_E.tolist(), factor.dead_EC.sum(1).tolist(), zeros_EP.tolist(), loss_EP.tolist())
+        reports.extend(zip(batch, factor.damping_E.tolist(), factor.dead_EC.sum(1).tolist(), zeros_EP.tolist(), loss_EP.tolist()))
+
+    waiting = _batches(experts, stacked_RC)
+    while waiting:
+        batch = waiting.pop(0)
+        try:
+            solve_batch(batch)
+        except torch.OutOfMemoryError:
+            if len(batch) == 1:
+                raise
+            waiting[:0] = [batch[:len(batch) // 2], batch[len(batch) // 2:]]
     sizes = [weight.numel() for weight in linears.values()]
     return weights, [
         ExpertReport(expert, counts[expert], counts[expert] == 0, damping, dead,
@@ -163,7 +164,9 @@ def _batches(experts: list[int], weight_RC: Tensor) -> list[list[int]]:
     """As many experts at a time as half of the free memory holds: four matrices of the Hessian's size, three of the weight's."""
     rows, columns = weight_RC.shape
     each = 4 * columns * (4 * columns + 3 * rows)
-    free = torch.cuda.mem_get_info(weight_RC.device)[0] if weight_RC.is_cuda else 4 << 30
+    free = 4 << 30
+    if weight_RC.is_cuda:  # what torch holds without using it is free, too
+        free = torch.cuda.mem_get_info(weight_RC.device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     size = max(1, min(len(experts), free // 2 // each))
     return [experts[start:start + size] for start in range(0, len(experts), size)]
 

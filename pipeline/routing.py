@@ -73,9 +73,9 @@ def fit(tokens_NC: Tensor, num_clusters: int, components: int | None, restarts: 
 
 
 def _cluster(tokens_ND: Tensor, num_clusters: int, restarts: int, seed: int, kmeans: KMeans, map_over: Callable) -> _Run:
-    """The tournament; or, where there are so few tokens that it would save nothing, every restart over all of them."""
+    """The tournament; or, where there are so few tokens or restarts that it would save nothing, every restart over all tokens."""
     sampled = SAMPLED[tokens_ND.device.type] * num_clusters
-    if 2 * STARTS * sampled > len(tokens_ND):
+    if restarts <= FINALISTS or 2 * STARTS * sampled > len(tokens_ND):
         return min(map_over(lambda restart: kmeans(tokens_ND, num_clusters, seed=seed + restart), range(restarts)), key=_inertia)
     places = torch.randperm(len(tokens_ND), generator=torch.Generator().manual_seed(seed))[:sampled]
     sample_ND = tokens_ND[places.to(tokens_ND.device)]

@@ -35,6 +35,9 @@ def sample_windows(directory: Path, count: int, length: int, seed: int, device: 
             ids = _draw(logits_WV.float().softmax(-1).cpu(), generator)
             drawn.append(ids)
         batches.append(torch.cat(drawn, dim=1))
+    del model, cache
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the whole model and its cache: the job that follows, and cuML, need the room
     return torch.cat(batches)
 
 

@@ -76,6 +76,14 @@ def test_capture_sees_what_the_linears_read(model_type, tmp_path):
 
 
 @torch.no_grad()
+def test_capture_without_windows_has_the_linears_widths(tmp_path):
+    """An actor that no window group fell to still hands its (no) tokens to the others."""
+    model = BlockwiseModel(save_tiny(tmp_path / "model"), torch.bfloat16, CPU)
+    captured = capture(model, model.load_block(0), 0, {}, architecture_of("gpt_neox", ""))
+    assert [(inputs_NC.shape, inputs_NC.dtype) for inputs_NC in captured.inputs] == [((0, 32), torch.bfloat16), ((0, 64), torch.bfloat16)]
+
+
+@torch.no_grad()
 def test_routed_model_with_dense_experts_equals_dense(model_type):
     """Three copies of each dense weight as experts and routers that really spread the tokens: nothing may change."""
     dense = tiny_model(model_type)
