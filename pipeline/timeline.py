@@ -65,7 +65,7 @@ def _draw(spans: list[Span], path: Path) -> None:
 
     rows, names = _rows(spans), list(dict.fromkeys(span.name for span in spans))
     began = min(span.start for span in spans)
-    figure = Figure(figsize=(14, 1.6 + 0.45 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(14, max(1.6 + 0.45 * len(rows), 0.15 * len(names))), layout="constrained")
     axes = figure.add_subplot()
     for number, name in enumerate(names):
         color = colormaps["tab20"](number % 20)
@@ -76,5 +76,5 @@ def _draw(spans: list[Span], path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlabel("seconds")
     axes.margins(x=0.01)
-    figure.legend(loc="outside right upper", frameon=False)
+    figure.legend(loc="outside right upper", frameon=False, ncols=2, fontsize=8)
     figure.savefig(path, format="png", dpi=110)
