@@ -194,8 +194,8 @@ class Conductor:
         self.unrecorded = _Unrecorded(index, written, seconds, sorted(sum(reports, []), key=lambda report: (report["router"], report["expert"])))
 
     def _record(self, run: RunDirectory, wait: bool = True) -> None:
-        """Note in the manifest that the last block's shard is written. It is written while the next block goes on: only if that one
-        is to be written, too, or `wait` says so at the end, is there anything to wait for."""
+        """Note in the manifest that the last block's shard is written, which goes on beside the next block. wait: until it is (before
+        the next shard is written, and at the end); otherwise only look whether it is."""
         last = self.unrecorded
         if last is None or not wait and not ray.wait([last.written], timeout=0)[0]:
             return
