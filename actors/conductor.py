@@ -64,7 +64,15 @@ class Conductor:
     def start(self) -> None:
         with self._timed("start"):
             self.actors = list(self.kept or self._new_actors())
-            places = ray.get([actor.where.remote() for actor in self.actors])
+            try:
+                places = ray.get([actor.where.remote() for actor in self.actors])
+            except RayActorError:
+                if not self.kept:
+                    raise
+                stop_actors(self.actors)  # one of an earlier job's has died meanwhile
+                self.kept.clear()
+                self.actors = self._new_actors()
+                places = ray.get([actor.where.remote() for actor in self.actors])
             self.devices = [place.device for place in places]
             self.workers |= {place.worker: rank for rank, place in enumerate(places)}
 

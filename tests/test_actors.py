@@ -2,7 +2,12 @@
 
 import numpy as np
 import pytest
+import ray
+from ray.exceptions import RayActorError
 
+from actors.cluster import size_crew, stop_actors
+from actors.conductor import Conductor
+from actors.progress import Bar
 from tests.conftest import run_job
 from tests.jobs import make_inputs, shard_hashes
 from tests.models import save_tiny, token_windows
@@ -43,3 +48,19 @@ def test_empty_clusters_fall_back_and_are_reported(tmp_path):
     np.save(tmp_path / "two.npy", np.tile([[5], [7]], (4, 16)))
     result = run_job(*options, "--dataset", tmp_path / "two.npy", "--eval-dataset", "none", "--num-clusters", 4, "--output-dir", tmp_path / "run")
     assert any("had no tokens and were solved on all tokens of their layer" in warning for warning in result["warnings"])
+
+
+def test_a_kept_actor_that_has_died_is_replaced():
+    crew, bar, kept = size_crew(None, 1), Bar(1, verbose=False), []
+    Conductor(crew, "float32", bar, kept=kept).start()
+    first = kept[0]
+    again = Conductor(crew, "float32", bar, kept=kept)
+    again.start()
+    assert kept == [first]  # alive: taken over as it is
+    ray.kill(first)
+    with pytest.raises(RayActorError):
+        while True:  # until the kill has reached it
+            ray.get(first.where.remote())
+    again.start()
+    assert len(kept) == 1 and kept != [first] and again.devices == ["1 CPU thread"]
+    stop_actors(kept)
