@@ -62,17 +62,14 @@ class Conductor:
     # The crew
 
     def start(self) -> None:
+        """A crew that answers: the kept one, or a new one."""
+        self.actors = []
+        self.restarting(lambda: None)
+
+    def _start(self) -> None:
         with self._timed("start"):
             self.actors = list(self.kept or self._new_actors())
-            try:
-                places = ray.get([actor.where.remote() for actor in self.actors])
-            except RayActorError:
-                if not self.kept:
-                    raise
-                stop_actors(self.actors)  # one of an earlier job's has died meanwhile
-                self.kept.clear()
-                self.actors = self._new_actors()
-                places = ray.get([actor.where.remote() for actor in self.actors])
+            places = ray.get([actor.where.remote() for actor in self.actors])
             self.devices = [place.device for place in places]
             self.workers |= {place.worker: rank for rank, place in enumerate(places)}
 
@@ -89,13 +86,13 @@ class Conductor:
             stop_actors(self.actors)
 
     def restarting(self, work: Callable[[], object], progress: Callable[[], object] = lambda: None):
-        """Do `work`; if an actor dies, make the crew anew and do it again. Gives up when several crews in a row die
-        without `progress()` changing."""
+        """Do `work`; if an actor dies, there or while it starts, make the crew anew and do it again. Gives up when several
+        crews in a row die without `progress()` changing."""
         lost, before = 0, progress()
         while True:
             try:
-                if lost:
-                    self.start()
+                if not self.actors:
+                    self._start()
                 return work()
             except RayActorError as error:
                 now = progress()
@@ -268,4 +265,3 @@ class Conductor:
             self.reporter.advance(EVALUATION_COST)
         by_group = {number: losses for part in ray.get([actor.finish_evaluation.remote() for actor in self.actors]) for number, losses in part.items()}
         return [loss for number in sorted(by_group) for loss in by_group[number]]
-

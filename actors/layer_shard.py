@@ -46,7 +46,7 @@ class Place:
 
 
 # Files are read and written beside the calls that compute: the next block's weights while this block is solved, a block's
-# shard while its windows go on.
+# shard while the next one goes on.
 beside = ray.method(concurrency_group="files")
 
 

@@ -121,7 +121,7 @@ def solve_experts(job: Job, linears: dict[str, Tensor], experts: list[int], toke
     reports: list[tuple] = []
 
     def solve_batch(batch: list[int]) -> None:
-        factor = inverse_factor(_hessians(batch, tokens_of))
+        factor = inverse_factor(_hessians(batch, tokens_of, stacked_RC))  # not kept: as large as the factor
         weight_ERC, loss_ER = solve(stacked_RC, factor, job.pattern, rows, grid, dtype)
         done = slice(len(reports), len(reports) + len(batch))
         for linear_ERC, part_ERC in zip(weights.values(), weight_ERC.split(rows, dim=1)):
@@ -146,11 +146,10 @@ def solve_experts(job: Job, linears: dict[str, Tensor], experts: list[int], toke
         for expert, damping, dead, zeros, losses in reports]
 
 
-def _hessians(experts: list[int], tokens_of: Callable[[int], Tensor]) -> Tensor:
-    first_CC = hessian(tokens_of(experts[0]))
-    hessian_ECC = first_CC.new_empty(len(experts), *first_CC.shape)
-    hessian_ECC[0] = first_CC
-    for place, expert in enumerate(experts[1:], 1):
+def _hessians(experts: list[int], tokens_of: Callable[[int], Tensor], weight_RC: Tensor) -> Tensor:
+    columns = weight_RC.shape[1]
+    hessian_ECC = weight_RC.new_empty(len(experts), columns, columns)
+    for place, expert in enumerate(experts):
         hessian_ECC[place] = hessian(tokens_of(expert))
     return hessian_ECC
 

@@ -3,7 +3,7 @@
 Shapes: N tokens, C columns (in features).
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from pipeline.solver.products import strips
 TOKENS_PER_PRODUCT = 4096
 
 
-def chunks(tokens_NC: Tensor) -> Iterator[Tensor]:
-    return iter(tokens_NC.split(TOKENS_PER_PRODUCT))
+def chunks(tokens_NC: Tensor) -> Sequence[Tensor]:
+    return tokens_NC.split(TOKENS_PER_PRODUCT)
 
 
 def gram(tokens_NC: Tensor, centre_C: Tensor | None = None) -> Tensor:

@@ -172,5 +172,3 @@ def test_growth(experts, tmp_path, benchmark, record):
     job = Job(model="random", num_clusters=experts, pca_reduction_factor=GROWTH.pca)
     stages = benchmark.pedantic(lambda: measured(GROWTH, model, job), rounds=1)
     record(f"growth, {GROWTH.name}-shaped block, {experts} experts", sum(stages.values()), GROWTH.floor(job), **stages)
-
-
