@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import ray
 
@@ -17,13 +17,20 @@ CONNECT_SECONDS = 5
 
 
 @dataclass(frozen=True)
-class Crew:
+class CrewSize:
     """How many actors, and the share of the machine each asks Ray for."""
 
     actors: int
     cpus: int
-    gpus: int
+    gpus: float  # 1, or less where several actors share a GPU
     threads: int  # that an actor computes with; its share of the CPUs, or fewer if so asked
+
+    def of(self, actors: int) -> "CrewSize":
+        return replace(self, actors=actors)
+
+    def described(self) -> str:
+        what = f"{self.threads} CPU thread{'s' if self.threads > 1 else ''}" if not self.gpus else "a GPU" if self.gpus == 1 else f"{self.gpus:g} of a GPU"
+        return f"{self.actors} actor{'s' if self.actors > 1 else ''} of {what}"
 
 
 def check_address(address: str | None) -> None:
@@ -97,17 +104,22 @@ def _code_for(address: str) -> dict | None:
     return {"py_modules": [actors, pipeline]}
 
 
-def size_crew(requested: int | None, threads: int | None) -> Crew:
-    """An actor for each GPU; without GPUs one for each node. CPUs are shared out evenly. Raises UserError for more actors
-    or threads than there are resources for, naming both."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+def size_crew(requested: int | None, threads: int | None, gpus_per_actor: float | None) -> CrewSize:
+    """An actor for each GPU (or for each `gpus_per_actor` of one); without GPUs one for each node. CPUs are shared out evenly.
+    Raises UserError for more actors or threads than there are resources for, naming both."""
+    nodes = _alive()
     cpus = int(sum(node.get("CPU", 0) for node in nodes))
     gpus = int(sum(node.get("GPU", 0) for node in nodes))
     if gpus:
-        actors = requested or gpus
-        if actors > gpus:
-            raise UserError(f"--actors is {actors}, but Ray has {gpus} GPUs; allowed is 1 to {gpus}.")
-        return _crew(actors, max(1, cpus // actors // 2), 1, threads)
+        share = gpus_per_actor or 1.0
+        most = gpus * int(1 / share)
+        actors = requested or most
+        if actors > most:
+            raise UserError(f"--actors is {actors}, but Ray has {gpus} GPUs{f', of which each holds {int(1 / share)} actors' if share < 1 else ''}; "
+                            f"allowed is 1 to {most}.")
+        return _crew(actors, max(1, cpus // actors // 2), share, threads)
+    if gpus_per_actor is not None:
+        raise UserError(f"--gpus-per-actor is {gpus_per_actor:g}, but Ray has no GPU; leave it out.")
     actors = requested or len([node for node in nodes if node.get("CPU", 0) >= 1])
     if actors > cpus:
         raise UserError(f"--actors is {actors}, but Ray has {cpus} CPUs and no GPU; allowed is 1 to {cpus}.")
@@ -115,18 +127,32 @@ def size_crew(requested: int | None, threads: int | None) -> Crew:
     return _crew(actors, max(1, min(smallest, cpus // actors)), 0, threads)
 
 
-def _crew(actors: int, cpus: int, gpus: int, threads: int | None) -> Crew:
+def _alive() -> list[dict]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _crew(actors: int, cpus: int, gpus: float, threads: int | None) -> CrewSize:
     if threads is not None and threads > cpus:
         raise UserError(f"--threads is {threads}, but {actors} actor{'s' if actors > 1 else ''} can have {cpus} CPUs each; allowed is 1 to {cpus}.")
     inherited = os.environ.get("OMP_NUM_THREADS", "")
     if threads is None and inherited.isdigit() and not _submitted():  # Ray sets it to 1 for the driver of a submitted job
         threads = min(int(inherited), cpus)
-    return Crew(actors, cpus, gpus, threads or cpus)
+    return CrewSize(actors, cpus, gpus, threads or cpus)
 
 
-def deal(items: list, shares: int) -> list[list]:
-    """Consecutive, nearly equal shares."""
-    return [items[len(items) * share // shares:len(items) * (share + 1) // shares] for share in range(shares)]
+def capacity(size: CrewSize) -> int:
+    """How many such actors the nodes that are alive have room for, if nobody else uses them."""
+    def of(node: dict) -> int:
+        by_gpu = int(node.get("GPU", 0)) * int(1 / size.gpus) if size.gpus else float("inf")
+        return int(min(node.get("CPU", 0) // size.cpus, by_gpu))
+    return sum(of(node) for node in _alive())
+
+
+def host_bytes(node_id: str, actors: int) -> float:
+    """Host memory for the activations of each of `actors` actors on a node: half of what Ray counts there, the rest being for
+    what they compute."""
+    found = next((node["Resources"].get("memory", 0) for node in ray.nodes() if node["NodeID"] == node_id), 0)
+    return found / 2 / max(1, actors)
 
 
 def stop_actors(actors: list) -> None:

@@ -16,6 +16,7 @@ from pipeline.errors import UserError
 from pipeline.files import replacing
 from pipeline.perplexity import Perplexity
 from pipeline.preflight import Source
+from pipeline.storage import Storage
 from pipeline.windows import Request, Windows, read_windows
 
 if TYPE_CHECKING:
@@ -41,17 +42,18 @@ def run(job: Job, kept: list | None = None) -> dict:
             preflight.check_windows(windows.length, source, option)
     preflight.check_clusters(job, calibration.count * calibration.length)
     reading = time.monotonic() - reading
-    identity = {"model": source.fingerprint[:16], "calibration": calibration.digest()[:16]} | job.recipe() | ({} if job.dtype == "auto" else {"dtype": job.dtype})
+    identity = {"model": source.fingerprint[:16], "calibration": calibration.digest()[:16]} | job.recipe() | ({} if job.dtype == "auto" else {"dtype": job.dtype}) | ({"storage": job.storage} if job.storage else {})
     check_directory(job.run_directory, identity, job.resume)
-    with RunDirectory(job.run_directory) as directory, connected(job.address, job.verbose):
+    with _opened(job) as directory, connected(job.address, job.verbose):
         from actors.conductor import Conductor  # `connected` has loaded it, and with it all that computes
 
-        crew = size_crew(job.actors, job.threads)
+        crew = size_crew(job.actors, job.threads, job.gpus_per_actor)
         dtype = job.dtype_on("cuda" if crew.gpus else "cpu", source.checkpoint_dtype)
         bar = Bar(source.num_blocks * (1.0 + EVALUATION_COST * (evaluation is not None) * (2 - job.no_dense)), job.verbose)
-        conductor = Conductor(crew, dtype, bar, job.verbose, {"windows": reading}, kept=kept)
+        conductor = Conductor(crew, dtype, bar, job.verbose, job.stall_limit, kept)
+        conductor.clock.seconds["windows"] = reading
         try:
-            bar.stage("start", f"{crew.actors} actor{'s' if crew.actors > 1 else ''} of {'a GPU' if crew.gpus else f'{crew.threads} CPU threads'}")
+            bar.stage("start", crew.described())
             conductor.start()
             result = _Run(job, source, architecture, directory, conductor, bar).finish(identity | {"dtype": dtype}, calibration, evaluation, started)
             if job.profile:
@@ -81,18 +83,18 @@ class _Run:
         evaluation = evaluation and self._settled(evaluation, "evaluation")
         done = source.num_blocks - len(run.missing_layers())
         self.bar.advance(done)
-        conductor.expand(job, source.directory, self.architecture, calibration, run)
+        conductor.expand([(job, run)], source, self.architecture, calibration)
         layers = run.manifest["layers"]
         statistics.write_expert_table(layers, run.path / "stats" / "experts.parquet")
         if "model" not in run.manifest:
-            run.manifest["model"] = conductor.assemble(job, source.directory, source.described(), self.architecture, run)
+            run.manifest["model"] = conductor.assemble(job, source, self.architecture, run.storage, run.model)
             run.save()
         # The shards' hashes name the expanded model: an evaluation is reused only for the very same experts.
         made = digest({index: layer["sha256"] for index, layer in layers.items()})
         expanded = evaluation and self._evaluated("expanded", made, run.model, evaluation)
         dense = None if job.no_dense or not evaluation else self._evaluated("dense", source.fingerprint, source.directory, evaluation)
-        for stage in ("sample", "assemble", "evaluate expanded", "evaluate dense", "start", "embed", "replay", "windows"):
-            run.add_seconds(stage, conductor.seconds.get(stage, 0.0))
+        for stage in ("sample", "assemble", "evaluate expanded", "evaluate dense", "start", "embed", "replay", "dense pass", "windows"):
+            run.add_seconds(stage, conductor.clock.seconds.get(stage, 0.0))
         run.manifest["finished"] = True
         run.save()
         result = self._result(calibration, expanded, dense, done) | {"seconds": round(time.monotonic() - started, 3)}
@@ -118,7 +120,7 @@ class _Run:
         key = digest({"what": what, "which": which, "windows": windows.digest(), "dtype": self.conductor.dtype})
         stored = self.directory.manifest["evaluations"].get(key)
         if stored is None:
-            measured = self.conductor.evaluate(what, directory, windows, self.source.num_blocks)
+            measured = self.conductor.evaluate(what, directory, windows, self.source.num_blocks, self.directory)
             stored = self.directory.manifest["evaluations"][key] = {"what": what, **measured.as_dict()}
             self.directory.save()
         return Perplexity(**{name: value for name, value in stored.items() if name != "what"})
@@ -137,9 +139,9 @@ class _Run:
             "model_dir": str(run.model), "run_dir": str(run.path),
             "model_bytes": sum(file.stat().st_size for file in run.model.glob("*.safetensors")),
             "dense_bytes": sum(file.stat().st_size for file in self.source.directory.glob("*.safetensors")),
-            "layers_resumed": resumed, "actors": self.conductor.crew.actors, "devices": self.conductor.devices,
+            "layers_resumed": resumed, "actors": self.conductor.crew.size.actors, "devices": self.conductor.devices,
             "warnings": statistics.warnings_of(run.manifest["layers"]),
-            "seconds_by_stage": {stage: round(seconds, 3) for stage, seconds in self.conductor.seconds.items()},
+            "seconds_by_stage": {stage: round(seconds, 3) for stage, seconds in self.conductor.clock.seconds.items()},
         }
 
 
@@ -156,10 +158,10 @@ def evaluate(job: Job) -> dict:
     with connected(job.address, job.verbose):
         from actors.conductor import Conductor  # `connected` has loaded it, and with it all that computes
 
-        crew = size_crew(job.actors, job.threads)
+        crew = size_crew(job.actors, job.threads, job.gpus_per_actor)
         dtype = job.dtype_on("cuda" if crew.gpus else "cpu", source.checkpoint_dtype)
         bar = Bar(source.num_blocks * EVALUATION_COST, job.verbose)
-        conductor = Conductor(crew, dtype, bar, job.verbose)
+        conductor = Conductor(crew, dtype, bar, job.verbose, job.stall_limit)
         try:
             bar.stage("start")
             conductor.start()
@@ -173,9 +175,16 @@ def evaluate(job: Job) -> dict:
         "perplexity": measured.perplexity, "dense_perplexity": None if source.is_expanded else measured.perplexity,
         "windows": measured.windows, "window_length": measured.window_length, "measured_on": measured.described(),
         "model": source.described(), "dtype": dtype, "model_dir": str(source.directory), "devices": conductor.devices,
-        "seconds_by_stage": {stage: round(seconds, 3) for stage, seconds in conductor.seconds.items()},
+        "seconds_by_stage": {stage: round(seconds, 3) for stage, seconds in conductor.clock.seconds.items()},
         "seconds": round(time.monotonic() - started, 3),
     }
+
+
+def _opened(job: Job) -> RunDirectory:
+    storage = Storage(job.storage) if job.storage else None
+    if storage is not None:
+        storage.check()
+    return RunDirectory(job.run_directory, storage)
 
 
 def _read(request: Request, source: Source) -> Windows | Request:
@@ -190,4 +199,4 @@ def _sampled_source(request: Request, source: Source, conductor: "Conductor") ->
 
 
 def _sample(request: Request, source: Source, conductor: "Conductor") -> Windows:
-    return Windows(conductor.sample(source.directory, request.count, request.length, request.seed), _sampled_source(request, source, conductor))
+    return Windows(conductor.sample(source, request.count, request.length, request.seed), _sampled_source(request, source, conductor))

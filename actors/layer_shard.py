@@ -1,11 +1,15 @@
 """The actor: owns consecutive blocks of the model and a share of the calibration and evaluation windows.
 
 Activations live in the actor that owns their windows and nowhere else. What moves between actors is a block's dense
-weights, tokens by expert, routers and finished experts. All state can be derived again from the run directory.
+weights, sums and projected tokens for the routers, tokens by expert, routers and finished experts. All state can be derived
+again from the run directory.
 """
 
+import functools
 import logging
-from collections.abc import Sequence
+import os
+import socket
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,198 +17,412 @@ import ray
 import torch
 from torch import Tensor
 
-from actors.wire import Wire, pack, pack_all, unpack, unpack_all
+from actors.metrics import Counts, Meter
+from actors.wire import Wire, pack, unpack, unpack_all
+from pipeline import principal, routing
+from pipeline.activations import Kept, Shelf, room
 from pipeline.architectures import Architecture
-from pipeline.assembly import Assembly, assemble
 from pipeline.blocks import BlockwiseModel
-from pipeline.checkpoint import labels_dtype, layer_path, read_shard, write_shard
 from pipeline.config import Job
 from pipeline.devices import device_name, prepare_device
-from pipeline.expansion import TokensByExpert, capture, fit_router, propagate, solve_experts
+from pipeline.errors import UserError
+from pipeline.expansion import TokensByExpert, advance, capture, fit_router, propagate, solve_experts
+from pipeline.footprint import shape_of, working_bytes
 from pipeline.modeling_sparse_expansion import router_name
 from pipeline.perplexity import window_losses
+from pipeline.routing import Entry, Run, Tournament
 from pipeline.sampling import sample_windows
+from pipeline.schedule import Task, in_groups, in_order
+from pipeline.shard import shard_tensors
+from pipeline.storage import Storage
+from pipeline.timeline import Clock
 from pipeline.warmth import warm_up
+from pipeline.weights import Checkpoint
 
 log = logging.getLogger("sparse_expansion")
 
 
 @dataclass
-class Task:
-    """Experts of one router's linears that one actor solves."""
+class Place:
+    """An actor's device, machine and process, for people and for Ray."""
 
-    router: int
-    experts: list[int]
+    device: str
+    host: str
+    node: str
+    worker: str
+    process: int
 
 
 @dataclass
-class Place:
-    """An actor's device, for people, and Ray's name of its process."""
+class ModelFiles:
+    """The dense or expanded model: its directory, where the actor sees it; otherwise its configuration and the weights outside
+    its blocks, as the driver read them."""
 
-    device: str
-    worker: str
+    directory: Path | None
+    config: object = None
+    shell: dict | None = None
 
+    def open(self, dtype: torch.dtype, device: torch.device) -> BlockwiseModel:
+        return BlockwiseModel(self.directory, dtype, device, self.config, self.shell and unpack_all(self.shell))
+
+
+@dataclass
+class Share:
+    """Calibration windows of one actor. `windows`: token ids by group number. `tokens`: of every group of the job."""
+
+    windows: dict[int, Tensor]
+    tokens: list[int]
+
+    @property
+    def first(self) -> int:
+        return min(self.windows, default=0)
+
+    @property
+    def sizes(self) -> list[int]:
+        return [self.tokens[group] for group in self.windows]
+
+    @property
+    def slice(self) -> slice:
+        """Its tokens among all."""
+        start = sum(self.tokens[:self.first])
+        return slice(start, start + sum(self.sizes))
+
+
+Made = tuple[int, int]  # a block in the making: number of the job (0 where there is one), index of the block
 
 # Files are read and written beside the calls that compute: the next block's weights while this block is solved, a block's
-# shard while the next one goes on.
+# shard while the next one goes on. And an actor that computes can always be asked what.
 beside = ray.method(concurrency_group="files")
+aside = ray.method(concurrency_group="pulse")
 
 
-@ray.remote(concurrency_groups={"files": 1})
+def computes(method: Callable) -> Callable:
+    """Of a call: what it does is known while it lasts, and where the device is too small for it beside the activations that
+    are kept there, they make room and it is done again."""
+
+    @functools.wraps(method)
+    def call(self, *args, **kwargs):
+        self.meter.begin(method.__name__)
+        try:
+            return method(self, *args, **kwargs)
+        except torch.OutOfMemoryError:
+            if not self.shelf.spill():
+                raise
+            log.warning("%s: too little GPU memory; activations move to host memory", method.__name__)
+            return method(self, *args, **kwargs)
+        finally:
+            self.meter.end()
+    return call
+
+
+@ray.remote(concurrency_groups={"files": 1, "pulse": 1})
 class LayerShard:
-    def __init__(self, rank: int, threads: int, dtype: str, verbose: bool):
-        logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format=f"actor {rank}: %(message)s", force=True)
+    def __init__(self, rank: int, threads: int, dtype: str, verbose: bool, gpu_share: float):
+        logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format=f"actor {rank} on {socket.gethostname()}: %(message)s", force=True)
         self.rank = rank
-        self.device = prepare_device(bool(ray.get_gpu_ids()), threads)
+        self.device = prepare_device(gpu_share if ray.get_gpu_ids() else 0, threads)
         self.dtype = getattr(torch, dtype)
+        self.meter, self.shelf = Meter(rank), Shelf(self.device)
 
+    def environ(self, secrets: dict[str, str]) -> None:
+        """Keys that this process needs. By a call, since what Ray starts an actor with is stored and shown."""
+        os.environ.update(secrets)
+
+    def where(self) -> Place:
+        context = ray.get_runtime_context()
+        return Place(device_name(self.device), socket.gethostname(), context.get_node_id(), context.get_worker_id(), os.getpid())
+
+    def sees(self, marked: Path | None, token: str, directory: Path, fingerprint: str) -> tuple[bool, bool]:
+        """Does this machine see the driver's run directory (`marked` holds `token`), and the model's files? marked: None: shards
+        go to a place that everybody reaches."""
+        try:
+            model = Checkpoint(directory).fingerprint() == fingerprint
+        except (UserError, OSError):
+            model = False
+        return marked is None or marked.is_file() and marked.read_text() == token, model
+
+    @aside
+    def pulse(self) -> Counts:
+        return self.meter.counts
+
+    @computes
     def warm_up(self, job: Job) -> None:
         """Load and compile what the first block would else wait for."""
         warm_up(job, self.device)
 
-    def where(self) -> Place:
-        return Place(device_name(self.device), ray.get_runtime_context().get_worker_id())
-
+    @computes
     def sample(self, directory: Path, count: int, length: int, seed: int) -> Tensor:
         return sample_windows(directory, count, length, seed, self.device, self.dtype)
 
     # Calibration: one block after the other
 
-    def begin(self, job: Job, directory: Path, run: Path, architecture: Architecture, windows: dict[int, Tensor], start: int) -> None:
-        """Take over a share of the calibration windows, by group number, and embed them. `directory`: the dense model's. `start`: the
-        tokens before these."""
-        self.job, self.run, self.architecture, self.groups = job, run, architecture, architecture.router_groups
-        self.model = BlockwiseModel(directory, self.dtype, self.device)
-        self.hidden = {number: self.model.embed(ids) for number, ids in windows.items()}
-        self.solved: dict[int, dict[tuple[int, tuple[int, ...]], dict[str, Tensor]]] = {}  # experts by block and task
-        self.share = slice(start, start + sum(ids.numel() for ids in windows.values()))
+    @computes
+    def begin(self, job: Job, files: ModelFiles, architecture: Architecture, share: Share, host_bytes: float, folder: Path | None) -> None:
+        """Take over a share of the calibration windows and embed them. host_bytes: for activations in host memory. folder: for
+        those on disk."""
+        self.job, self.architecture, self.groups, self.share = job, architecture, architecture.router_groups, share
+        self.model = files.open(self.dtype, self.device)
+        working = working_bytes(job, shape_of(self.model.empty_block, architecture), sum(share.tokens), self.dtype)
+        self.shelf = Shelf(self.device, *room(job.activations, self.device, working, host_bytes), folder)
+        self.hidden = {number: self._kept_hidden(number, self.model.embed(ids_WL)) for number, ids_WL in share.windows.items()}
+        self.block_at, self.loaded = 0, {}  # for blocks made alone: whose inputs the windows are, dense blocks they pass through
+        self.solved: dict[Made, dict[Task, dict[str, Tensor]]] = {}  # experts by block and task
+        self.points: dict[int, Tensor] = {}
+
+    def _kept_hidden(self, number: int, hidden_WLH: Tensor) -> Kept:
+        kept = self.shelf.keep(f"hidden of group {number}", tuple(hidden_WLH.shape), hidden_WLH.dtype)
+        kept.tensor.copy_(hidden_WLH)
+        return kept
 
     @beside
     def publish(self, index: int) -> dict:
         """The dense weights of a block of this actor's own, for every actor."""
-        return pack_all(self.model.block_weights(index))
+        return self._send_all(self.model.block_weights(index))
 
+    def _send(self, tensor: Tensor) -> Wire:
+        self.meter.add("bytes_sent", tensor.nbytes)
+        return pack(tensor)
+
+    def _send_all(self, tensors: dict[str, Tensor]) -> dict[str, Wire]:
+        return {name: self._send(tensor) for name, tensor in tensors.items()}
+
+    @computes
     def capture(self, index: int, weights: dict) -> None:
         log.info("layer %d: capturing %d window groups", index, len(self.hidden))
-        self.solved[index] = {}
-        self.sorted: dict[int, TokensByExpert] = {}
-        self.block = self.model.load_block(index, unpack_all(weights))
-        self.captured = capture(self.model, self.block, index, self.hidden, self.architecture)
+        self.solved[0, index], self.through = {}, set()
+        self._capture(index, weights)
 
-    def tokens(self, router: int) -> Wire:
-        """This actor's inputs of a router's linears."""
-        return pack(self.captured.inputs[router])
+    def _capture(self, index: int, weights: dict | None) -> None:
+        self.block = self.model.load_block(index, weights and unpack_all(weights))
+        self.captured = capture(self.model, self.block, index, self.hidden, self.architecture, self.shelf)
+        self.meter.add("tokens", sum(self.share.sizes))
 
-    def fit(self, router: int, *elsewhere: Wire) -> dict:
-        """Fit a router on all actors' tokens (`elsewhere`: the others', by rank). Returns its tensors, the labels of all
-        tokens, and their counts."""
-        log.info("fitting router %d", router)
-        routing = fit_router(self.job, self._with_own(self.captured.inputs[router], elsewhere))
+    # A router, of all actors' tokens
+
+    @computes
+    def sums(self, router: int) -> Tensor:
+        return principal.token_sums(self._inputs(router), self.share.sizes, self.device).cpu()
+
+    @computes
+    def scatter(self, router: int, *sums: Tensor) -> dict[tuple[int, int], Wire]:
+        mean_C = self._mean(sums)
+        parts = principal.scatter_parts(self._inputs(router), self.share.sizes, self.share.first, len(self.share.tokens), mean_C, self.device)
+        return {node: self._send(part_CC) for node, part_CC in parts.items()}
+
+    @computes
+    def axes(self, router: int, *parts: dict) -> Wire:
+        """The principal axes; `parts`: everybody's of `scatter`."""
+        sums = {node: unpack(wire, self.device).clone() for part in parts for node, wire in part.items()}
+        components = self.job.components(self._inputs(router).shape[1])
+        return self._send(principal.leading_axes(sums, len(self.share.tokens), sum(self.share.tokens), components, self.job.seed))
+
+    @computes
+    def project(self, router: int, axes: Wire | None, *sums: Tensor) -> Wire:
+        """This actor's tokens as KMeans sees them."""
+        mean_C, axes_DC = (None, None) if axes is None else (self._mean(sums), unpack(axes, self.device))
+        return self._send(routing.points(self._inputs(router), self.share.sizes, mean_C, axes_DC, self.device))
+
+    @computes
+    def play(self, router: int, tournament: Tournament, entries: Sequence[Entry], *projected: Wire) -> list[Run]:
+        """Some runs of a round over everybody's projected tokens, which stay here until `settle`."""
+        log.info("router %d: %d runs of KMeans", router, len(entries))
+        if router not in self.points:
+            self.points[router] = torch.cat([unpack(wire, self.device) for wire in projected])
+        return routing.play(tournament, entries, self.points[router], self.job.num_clusters)
+
+    @computes
+    def route(self, router: int, winner: Run | None, axes: Wire | None, *sums: Tensor) -> dict:
+        """The fitted router: its tensors, the labels of all tokens, and their counts. winner: None for one expert."""
+        if winner is None:
+            fitted = routing.one_cluster(sum(self.share.tokens), self._inputs(router).shape[1], self.device)
+        else:
+            mean_C, axes_DC = (None, None) if axes is None else (self._mean(sums), unpack(axes, self.device))
+            fitted = routing.as_routing(mean_C, axes_DC, winner, self.device)
+        return self._fitted(fitted, self.job)
+
+    def _fitted(self, fitted: routing.Routing, job: Job) -> dict:
         return {
-            "tensors": pack_all({"weight": routing.weight_EC, "bias": routing.bias_E}), "inertia": routing.inertia, "labels": pack(routing.labels_N),
-            "counts": torch.bincount(routing.labels_N.long(), minlength=self.job.num_clusters).tolist(),
+            "tensors": self._send_all({"weight": fitted.weight_EC, "bias": fitted.bias_E}), "inertia": fitted.inertia, "labels": self._send(fitted.labels_N),
+            "counts": torch.bincount(fitted.labels_N.long(), minlength=job.num_clusters).tolist(),
         }
 
-    def _with_own(self, own: Tensor, elsewhere: Sequence[Wire]) -> Tensor:
-        """All actors' tokens in window order."""
-        if not elsewhere:
-            return own
-        parts = [unpack(wire, self.device) for wire in elsewhere]
-        parts.insert(self.rank, own)
-        return torch.cat(parts)
+    def _inputs(self, router: int) -> Tensor:
+        return self.captured.inputs[router].tensor
 
-    def tokens_of(self, fitted: dict, task: Task) -> dict[int, Wire]:
+    def _mean(self, sums: Sequence[Tensor]) -> Tensor:
+        return principal.mean_of([part_GC.to(self.device) for part_GC in sums], sum(self.share.tokens))
+
+    # Its experts
+
+    @computes
+    def settle(self, fitted: list[dict]) -> None:
+        """The block's routers are known: this actor's tokens are sorted by expert."""
+        self.points.clear()
+        self.counts = [fit["counts"] for fit in fitted]
+        self.labels = [unpack(fit["labels"])[self.share.slice].to(self.device) for fit in fitted]
+        self.sorted = [TokensByExpert(self._inputs(router), labels_N, len(self.counts[router])) for router, labels_N in enumerate(self.labels)]
+
+    @computes
+    def tokens_of(self, task: Task) -> dict[int, Wire]:
         """This actor's tokens of every expert of a task, for the actor that solves it."""
-        return {expert: pack(self._tokens_of(fitted, task.router, expert)) for expert in task.experts}
+        return {expert: self._send(self._tokens_of(task.router, expert)) for expert in task.experts}
 
-    def _tokens_of(self, fitted: dict, router: int, expert: int) -> Tensor:
+    def _tokens_of(self, router: int, expert: int) -> Tensor:
         """All tokens for an expert that has none anywhere: it falls back to its layer's Hessian."""
-        if router not in self.sorted:
-            labels_N = unpack(fitted["labels"])[self.share].to(self.device)
-            self.sorted[router] = TokensByExpert(self.captured.inputs[router], labels_N, self.job.num_clusters)
-        return self.sorted[router].of(expert) if fitted["counts"][expert] else self.captured.inputs[router]
+        return self.sorted[router].of(expert) if self.counts[router][expert] else self._inputs(router)
 
-    def solve(self, index: int, fitted: dict, task: Task, *elsewhere: dict[int, Wire]) -> list[dict]:
-        """Solve a task's experts; the weights stay here until `forget`. Returns their reports."""
-        log.info("solving experts %s of router %d", task.experts, task.router)
+    @computes
+    def solve(self, index: int, task: Task, *elsewhere: dict[int, Wire]) -> list[dict]:
+        """Solve a task's experts (`elsewhere`: the other actors' tokens, by rank); the weights stay here until `forget`.
+        Returns their reports."""
+        log.info("layer %d: solving experts %s of router %d", index, list(task.experts), task.router)
+
+        def tokens_of(expert: int) -> list[Tensor]:
+            parts = [unpack(others[expert]) for others in elsewhere]
+            parts.insert(self.rank, self._tokens_of(task.router, expert))
+            return parts
+
+        [(weights, reports)] = self._solve([self.job], task, tokens_of, self.counts[task.router])
+        self.solved[0, index][task] = weights
+        return reports
+
+    def _solve(self, jobs: list[Job], task: Task, tokens_of: Callable, counts: list[int]) -> list[tuple[dict[str, Tensor], list[dict]]]:
         group = self.groups[task.router]
         linears = {path: self.block.get_submodule(path).weight for path in group}
+        self.meter.add("solves", len(task.experts) * len(linears) * len(jobs))
+        return [(weights, [{"router": router_name(list(group)), **asdict(report)} for report in reports])
+                for weights, reports in solve_experts(jobs, linears, list(task.experts), tokens_of, counts)]
 
-        def tokens_of(expert: int) -> Tensor:
-            return self._with_own(self._tokens_of(fitted, task.router, expert), [others[expert] for others in elsewhere])
+    @computes
+    def experts(self, made: Made, task: Task) -> dict:
+        """The finished experts of a task, for the other actors or the driver."""
+        return self._send_all(self.solved[made][task])
 
-        weights, reports = solve_experts(self.job, linears, task.experts, tokens_of, fitted["counts"])
-        self.solved[index][task.router, tuple(task.experts)] = weights
-        return [{"router": router_name(list(group)), **asdict(report)} for report in reports]
-
-    def experts(self, index: int, task: Task) -> dict:
-        """The finished experts of a task, for the other actors."""
-        return pack_all(self.solved[index][task.router, tuple(task.experts)])
-
-    def forget(self, index: int) -> None:
+    def forget(self, made: Made) -> None:
         """A block is written: its experts are not needed any more."""
-        self.solved.pop(index, None)
+        self.solved.pop(made, None)
 
     @beside
-    def write(self, index: int, fitted: list[dict], tasks: list[Task], *elsewhere: dict) -> str:
+    def write(self, storage: Storage, made: Made, fitted: list[dict], tasks: list[Task], *elsewhere: dict) -> str:
         """Write a block's shard; returns its hash."""
-        tensors = self._weights(index, tasks, elsewhere, torch.device("cpu"))
-        tensors = {f"{path}.weight": weight for path, weight in tensors.items()}
-        for router, (group, fit) in enumerate(zip(self.groups, fitted)):
-            for name, tensor in unpack_all(fit["tensors"]).items():
-                tensors[f"{router_name(list(group))}.{name}"] = tensor
-            tensors[f"labels.{router}"] = unpack(fit["labels"]).to(labels_dtype(self.job.num_clusters))
-        return write_shard(layer_path(self.run, index), tensors)
+        weights = self._weights(made, tasks, elsewhere, torch.device("cpu"))
+        return storage.write(made[1], shard_tensors(self.groups, weights, fitted_routers(fitted)))
 
-    def propagate(self, index: int, fitted: list[dict], tasks: list[Task], *elsewhere: dict) -> None:
+    @computes
+    def propagate(self, index: int, tasks: list[Task], *elsewhere: dict) -> None:
         """Send this actor's windows through the experts: the next block's inputs."""
-        self.sorted = self.captured.inputs = None
-        self._propagate(index, self._weights(index, tasks, elsewhere, self.device), [unpack(fit["labels"]) for fit in fitted], self.captured.attention)
+        weights = self._weights((0, index), tasks, elsewhere, self.device)
+        propagate(self.model, self.block, index, self.hidden, self.architecture, weights, self.labels, self.captured.attention, self.through)
 
-    def replay(self, index: int, weights: dict) -> None:
-        """Send this actor's windows through a block that is already on disk."""
-        tensors, labels = read_shard(layer_path(self.run, index))
-        self.block = self.model.load_block(index, unpack_all(weights))
-        paths = [path for group in self.groups for path in group]
-        self._propagate(index, {path: tensors[f"{path}.weight"].to(self.device) for path in paths}, labels)
+    @computes
+    def replay(self, storage: Storage, index: int, weights: dict, shard: tuple[dict, list] | None) -> None:
+        """Send this actor's windows through a block that is already made. shard: what the driver read of it, where this
+        actor does not see it."""
+        tensors, labels = storage.read(index) if shard is None else (unpack_all(shard[0]), [unpack(wire) for wire in shard[1]])
+        block = self.model.load_block(index, unpack_all(weights))
+        experts = {path: tensors[f"{path}.weight"].to(self.device) for group in self.groups for path in group}
+        propagate(self.model, block, index, self.hidden, self.architecture, experts, [labels_N[self.share.slice].to(self.device) for labels_N in labels])
 
-    def _propagate(self, index: int, weights: dict[str, Tensor], labels: list[Tensor], attention: dict | None = None) -> None:
-        own = [labels_N[self.share].to(self.device) for labels_N in labels]
-        propagate(self.model, self.block, index, self.hidden, self.architecture, weights, own, attention)
-
-    def _weights(self, index: int, tasks: list[Task], elsewhere: tuple[dict, ...], device: torch.device) -> dict[str, Tensor]:
+    def _weights(self, made: Made, tasks: list[Task], elsewhere: tuple[dict, ...], device: torch.device) -> dict[str, Tensor]:
         """Experts of all tasks in order (E, R, C) by path: this actor's own, and the others' in the order of the tasks."""
         others = iter(elsewhere)
-        pieces: dict[str, dict[int, Tensor]] = {}
+        found = []
         for task in tasks:
-            own = self.solved[index].get((task.router, tuple(task.experts)))
-            found = {path: weight_ERC.to(device) for path, weight_ERC in own.items()} if own else unpack_all(next(others), device)
-            if len(task.experts) == self.job.num_clusters:  # all of them, in order
-                pieces |= found
-                continue
-            for path, weight_ERC in found.items():
-                pieces.setdefault(path, {}).update(zip(task.experts, weight_ERC))
-        return {path: found if isinstance(found, Tensor) else torch.stack([found[expert] for expert in sorted(found)])
-                for path, found in pieces.items()}
+            own = self.solved.get(made, {}).get(task)
+            found.append({path: weight_ERC.to(device) for path, weight_ERC in own.items()} if own else unpack_all(next(others), device))
+        return in_order(tasks, found)
+
+    # Blocks that do not wait for each other (--propagation dense): this actor makes its own alone, from all windows
+
+    @computes
+    def load(self, indices: list[int], *weights: dict) -> None:
+        """Keep dense blocks for `pass_on`. weights: unless this actor sees the model's files."""
+        found = map(unpack_all, weights) if weights else [None] * len(indices)
+        self.loaded = {index: self.model.load_block(index, tensors) for index, tensors in zip(indices, found)}
+
+    @computes
+    @ray.method(num_returns=2)
+    def pass_on(self, number: int, first: int, entering: Wire | None) -> tuple[Wire | None, None]:
+        """Keep a window group's hidden states as they enter block `first` (`entering`: as the actor before this one left them;
+        None: as embedded) and hand on what they become in the loaded blocks. The second result only says that it is done."""
+        kept = self.hidden[number]
+        if entering is not None:
+            kept.tensor.copy_(unpack(entering, self.device))
+        hidden_WLH = kept.tensor
+        for index, block in self.loaded.items():
+            if index < first:  # before its own blocks begin
+                kept.tensor.copy_(self.model.run(block, index, hidden_WLH))
+                hidden_WLH = kept.tensor
+            else:
+                hidden_WLH = self.model.run(block, index, hidden_WLH)
+        self.block_at = first
+        return self._send(hidden_WLH), None
+
+    @computes
+    def expand_alone(self, index: int, jobs: list[Job], between: list[int], *weights: dict) -> list[dict]:
+        """Make a block's experts for several jobs of the same windows. What they have in common (what is captured, routers,
+        Hessians, factors) is made once. Returns for each job its routers, tasks, reports and seconds; the weights stay here until
+        `forget`. between: dense blocks that the windows go through first. weights: of those and of this block, unless this
+        actor sees the model's files."""
+        found = list(map(unpack_all, weights)) if weights else [None] * (len(between) + 1)
+        self.loaded = {}
+        clock = Clock()
+        with clock.timed("advance"):
+            for number, tensors in zip(between, found):
+                if number >= self.block_at:
+                    advance(self.model, self.model.load_block(number, tensors), number, self.hidden)
+                    self.block_at = number + 1
+        assert self.block_at == index, "windows are at another block"
+        with clock.timed("capture"):
+            self._capture(index, found[-1])
+            self.meter.add("tokens", sum(self.share.sizes))
+        results = [{"fitted": [], "tasks": [], "reports": [], "seconds": {}} for _ in jobs]
+        for number in range(len(jobs)):
+            self.solved[number, index] = {}
+        for router in range(len(self.groups)):
+            for alike in in_groups(jobs, lambda job: str(job.routers())):
+                with clock.timed("cluster"):
+                    fitted = fit_router(jobs[alike[0]], self._inputs(router), self.share.sizes, self.device)
+                with clock.timed("solve"):
+                    self._solve_alone(index, router, [jobs[number] for number in alike], alike, fitted, results)
+        for result in results:
+            result["seconds"] = {stage: seconds / len(jobs) for stage, seconds in clock.seconds.items()}
+        return results
+
+    def _solve_alone(self, index: int, router: int, jobs: list[Job], numbers: list[int], fitted: routing.Routing, results: list[dict]) -> None:
+        """Solve all experts of one router for the jobs that share it."""
+        told = self._fitted(fitted, jobs[0])
+        by_expert = TokensByExpert(self._inputs(router), fitted.labels_N, jobs[0].num_clusters)
+        task = Task(router, tuple(range(jobs[0].num_clusters)))
+        log.info("layer %d: solving %d experts of router %d", index, len(task.experts), router)
+        solved = self._solve(jobs, task, lambda expert: by_expert.of(expert) if told["counts"][expert] else self._inputs(router), told["counts"])
+        for number, (weights, reports) in zip(numbers, solved):
+            self.solved[number, index][task] = weights
+            results[number]["fitted"].append(told)
+            results[number]["tasks"].append(task)
+            results[number]["reports"] += reports
 
     # Evaluation: block by block, every actor its own windows
 
-    def begin_evaluation(self, directory: Path, windows: dict[int, Tensor]) -> None:
-        self.model = BlockwiseModel(directory, self.dtype, self.device)
+    @computes
+    def begin_evaluation(self, files: ModelFiles, windows: dict[int, Tensor]) -> None:
+        self.model = files.open(self.dtype, self.device)
+        self.block = self.captured = None
+        self.shelf = Shelf(self.device)
         self.ids = windows
-        self.hidden = {number: self.model.embed(ids) for number, ids in windows.items()}
+        self.hidden = {number: self._kept_hidden(number, self.model.embed(ids_WL)) for number, ids_WL in windows.items()}
 
-    def evaluate_block(self, index: int) -> None:
+    @computes
+    def evaluate_block(self, index: int, weights: dict) -> None:
         if self.hidden:
-            block = self.model.load_block(index)
-            for number, hidden in self.hidden.items():
-                self.hidden[number] = self.model.run(block, index, hidden)
+            advance(self.model, self.model.load_block(index, unpack_all(weights)), index, self.hidden)
 
-    def finish_evaluation(self) -> dict[int, list[float]]:
+    @computes
+    def losses(self) -> dict[int, list[float]]:
         """The loss of every window, by window group."""
-        losses = {number: window_losses(self.model, hidden, self.ids[number]) for number, hidden in self.hidden.items()}
-        self.hidden, self.ids = {}, {}
-        return losses
+        return {number: window_losses(self.model, kept.tensor, self.ids[number]) for number, kept in self.hidden.items()}
 
-    def assemble(self, assembly: Assembly, target: Path) -> dict[str, str]:
-        return assemble(assembly, target)
+
+def fitted_routers(fitted: list[dict]) -> list[tuple[dict[str, Tensor], Tensor]]:
+    """Tensors and labels of each router, as `shard_tensors` takes them."""
+    return [(unpack_all(fit["tensors"]), unpack(fit["labels"])) for fit in fitted]

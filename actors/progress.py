@@ -12,6 +12,7 @@ EVALUATION_COST = 0.1  # of a block, against expanding it
 
 class Reporter(Protocol):
     def stage(self, name: str, detail: str = "") -> None: ...
+    def detail(self, detail: str) -> None: ...
     def advance(self, steps: float = 1.0) -> None: ...
     def note(self, line: str) -> None: ...
 
@@ -23,7 +24,7 @@ class Bar:
         self._console = Console(stderr=True)
         self._live = self._console.is_terminal and not verbose
         self._total, self._done, self._started_at, self._start = total, done, done, time.monotonic()
-        self._label = ""
+        self._label = self._stage = ""
         if self._live:
             columns = [TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"), TimeElapsedColumn(),
                        TextColumn("left"), TimeRemainingColumn()]
@@ -32,15 +33,20 @@ class Bar:
             self._bar.start()
 
     def stage(self, name: str, detail: str = "") -> None:
-        label = f"{name} {detail}".strip()
+        self._stage, label = name, f"{name} {detail}".strip()
         if self._live:
             self._bar.update(self._task, description=label)
         elif label != self._label:
             print(f"[{time.strftime('%H:%M:%S')}] {label}{self._left()}", file=sys.stderr, flush=True)
         self._label = label
 
+    def detail(self, detail: str) -> None:
+        """More about the stage, for who watches the bar."""
+        if self._live:
+            self._bar.update(self._task, description=f"{self._stage} {detail}")
+
     def advance(self, steps: float = 1.0) -> None:
-        self._done += steps
+        self._done = min(self._total, self._done + steps)
         if self._live:
             self._bar.update(self._task, completed=self._done)
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,19 +11,19 @@ from safetensors.torch import save_file
 
 from pipeline import modeling_sparse_expansion
 from pipeline.blocks import BlockwiseModel
-from pipeline.checkpoint import layer_path, read_shard
 from pipeline.files import MARK, sha256
 from pipeline.modeling_sparse_expansion import SparseExpansionConfig
+from pipeline.storage import Storage
 
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "chat_template*")
 
 
 @dataclass(frozen=True)
 class Assembly:
-    """What to assemble: `source` is the dense model's directory, `run` the run directory, `recipe` goes into config.json."""
+    """What to assemble: `source` is the dense model's directory, `storage` holds the shards, `recipe` goes into config.json."""
 
     source: Path
-    run: Path
+    storage: Storage
     num_experts: int
     router_groups: tuple[tuple[str, ...], ...]
     blocks: str
@@ -30,8 +31,9 @@ class Assembly:
     recipe: dict
 
 
-def assemble(assembly: Assembly, target: Path) -> dict[str, str]:
-    """Write the saved model into `target`, which appears whole or not at all; returns SHA-256 by file name.
+def assemble(assembly: Assembly, target: Path, advance: Callable[[int], object]) -> dict[str, str]:
+    """Write the saved model into `target`, which appears whole or not at all; returns SHA-256 by file name. advance: is told
+    the number of each layer before it is written.
 
     One file a layer and one for the rest, so that no more than a layer is in memory. Weights are stored as they are,
     zeros included.
@@ -58,8 +60,9 @@ def assemble(assembly: Assembly, target: Path) -> dict[str, str]:
     write(1, {f"model.{name}": cast(tensor) for name, tensor in model.shell_weights().items()})
     expanded = {f"{path}.weight" for group in assembly.router_groups for path in group}
     for index in range(model.num_blocks):
+        advance(index)
         dense = {name: cast(tensor) for name, tensor in model.block_weights(index).items() if name not in expanded}
-        tensors, _ = read_shard(layer_path(assembly.run, index))
+        tensors, _ = assembly.storage.read(index)
         prefix = f"model.{assembly.blocks}.{index}."
         write(index + 2, {prefix + name: tensor for name, tensor in (dense | tensors).items()})
 

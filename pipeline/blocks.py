@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from pipeline.architectures import architecture_of
 from pipeline.errors import UserError
@@ -46,24 +46,35 @@ def _weightless() -> Iterator[None]:
 
 
 class BlockwiseModel:
-    """A dense or an expanded causal LM in `dtype` on `device`; routers stay in float32."""
+    """A dense or an expanded causal LM in `dtype` on `device`; routers stay in float32.
 
-    def __init__(self, directory: Path, dtype: torch.dtype, device: torch.device):
+    directory: of its files. None where they are not to be seen: then `config` and `shell` (what `shell_weights` gives) are
+    what somebody else read, and blocks are loaded from weights that are handed over.
+    """
+
+    def __init__(self, directory: Path | None, dtype: torch.dtype, device: torch.device, config: PretrainedConfig | None = None,
+                 shell: dict[str, Tensor] | None = None):
         self.dtype, self.device = dtype, device
-        self.config = read_config(directory)
+        self.config = read_config(directory) if directory else config
         expanded = is_expanded(self.config)
         with _weightless():
             self._skeleton = SparseExpansionForCausalLM(self.config) if expanded else AutoModelForCausalLM.from_config(self.config)
         self._skeleton.eval()
         self._prefix = f"model.{self.config.blocks}" if expanded else architecture_of(self.config.model_type, str(directory)).blocks
         self._blocks = self._skeleton.get_submodule(self._prefix)
-        self._checkpoint = Checkpoint(directory)
+        self._checkpoint = Checkpoint(directory) if directory else None
+        self._given_shell = shell
         self._calls: dict[tuple[int, ...], list[tuple[tuple, dict]]] = {}
         self._shell_loaded = False
 
     @property
     def num_blocks(self) -> int:
         return len(self._blocks)
+
+    @property
+    def empty_block(self) -> nn.Module:
+        """The first block, without its weights."""
+        return self._blocks[0]
 
     @property
     def vocabulary(self) -> int:
@@ -103,7 +114,7 @@ class BlockwiseModel:
         expected = module.state_dict()
         for name, tensor in weights.items():
             if tensor.shape != expected[name].shape:
-                raise UserError(f"{self._checkpoint.directory}: the tensor {name} has shape {tuple(tensor.shape)}, "
+                raise UserError(f"{self._checkpoint.directory if self._checkpoint else 'the model'}: the tensor {name} has shape {tuple(tensor.shape)}, "
                                 f"the configuration asks for {tuple(expected[name].shape)}.")
         cast = {name: tensor if "_router." in name or not tensor.is_floating_point() else tensor.to(self.dtype)
                 for name, tensor in weights.items()}
@@ -120,7 +131,7 @@ class BlockwiseModel:
     def _load_shell(self) -> None:
         if self._shell_loaded:
             return
-        weights = self.shell_weights()
+        weights = self.shell_weights() if self._given_shell is None else self._given_shell
         blocks = list(self._blocks)
         parent, _, name = self._prefix.rpartition(".")
         # The blocks stay on the meta device: they are taken out while the rest is filled.
@@ -152,7 +163,7 @@ class BlockwiseModel:
     def run(self, block: nn.Module, index: int, hidden_WLH: Tensor) -> Tensor:
         """One block's output for hidden states whose windows went through `embed` in the same shape."""
         args, kwargs = self._calls[tuple(hidden_WLH.shape[:2])][index]
-        output = block(hidden_WLH, *args, **kwargs)
+        output = block(hidden_WLH.to(self.device, non_blocking=True), *args, **kwargs)
         return output if isinstance(output, Tensor) else output[0]
 
     @torch.no_grad()

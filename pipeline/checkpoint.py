@@ -3,66 +3,40 @@
     config.yaml        the resolved job
     manifest.json      format, identity of the job, shards with their hashes and reports, evaluations, seconds
     windows/           the token windows, so that a resumed job sees the same ones
-    layers/            layer_000.safetensors ...
+    layers/            layer_000.safetensors ... (unless --storage keeps them elsewhere)
     stats/             experts.parquet
     profile/           where the time went, if that was asked for
     model/             the assembled model
-
-A shard holds, by their names in the block, the experts' weights (E, R, C) and the routers' tensors, and as `labels.G` the
-expert of every calibration token (N) for router G: with them a resumed job replays the finished blocks instead of keeping
-activations on disk.
 """
 
 import fcntl
 import json
 import os
+import secrets
 import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
 from pipeline.errors import UserError
-from pipeline.files import MARK, remove_leftovers, replacing, sha256, write_json
+from pipeline.files import MARK, remove_leftovers, sha256, write_json
+from pipeline.storage import FOLDER, FORMAT, Storage
 
-FORMAT = 1
 OWN_FILES = {".lock", "windows", "config.yaml"}  # what a job may have written before its manifest
 
 
-def write_shard(path: Path, tensors: dict[str, Tensor]) -> str:
-    """Write a layer's tensors; returns the file's SHA-256. The same tensors give the same bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        save_file({name: tensors[name].cpu().contiguous() for name in sorted(tensors)}, temporary, metadata={"format": str(FORMAT)})
-        digest = sha256(temporary)
-    return digest
-
-
-def read_shard(path: Path) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """The tensors that go into the model, and the labels of each router."""
-    tensors = load_file(path)
-    labels = [tensors.pop(name) for name in sorted(name for name in tensors if name.startswith("labels."))]
-    return tensors, labels
-
-
-def labels_dtype(num_clusters: int) -> torch.dtype:
-    return torch.uint8 if num_clusters <= 256 else torch.int32
-
-
-def layer_path(directory: Path, index: int) -> Path:
-    return directory / "layers" / f"layer_{index:03d}.safetensors"
-
-
 class RunDirectory:
-    """One job's directory, locked against a second driver while it is open."""
+    """One job's directory, locked against a second driver while it is open.
 
-    def __init__(self, path: Path):
-        self.path = path
+    storage: where its shards lie (the directory itself unless given). token: is in the file `mark` while it is open, so that
+    another machine can tell whether it sees this very directory.
+    """
+
+    def __init__(self, path: Path, storage: Storage | None = None):
+        self.path, self.storage = path, storage or Storage(str(path))
+        self.token = secrets.token_hex(8)
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock = open(path / ".lock", "w")  # noqa: SIM115 (closed by close)
+            self._lock = open(path / ".lock", "a+")  # noqa: SIM115 (closed by close)
         except OSError as error:
             raise UserError(f"--output-dir {path} cannot be written: {error.strerror}.") from None
         try:
@@ -70,6 +44,12 @@ class RunDirectory:
         except OSError:
             self._lock.close()
             raise UserError(f"--output-dir {path} is in use by another process; wait for it or give another directory.") from None
+        if self.storage.is_remote:
+            self.mark = None
+        else:
+            self.mark = Path(self.storage.root) / ".lock"
+            self.mark.parent.mkdir(parents=True, exist_ok=True)
+            self.mark.write_text(self.token)
         self.manifest: dict[str, Any] = {}
 
     def close(self) -> None:
@@ -89,9 +69,6 @@ class RunDirectory:
     def model(self) -> Path:
         return self.path / "model"
 
-    def layer(self, index: int) -> Path:
-        return layer_path(self.path, index)
-
     def open_job(self, identity: dict[str, Any], num_blocks: int, resume: str) -> list[str]:
         """Bind the directory to a job. Returns warnings (damaged shards, which are forgotten and will be made again).
 
@@ -101,7 +78,7 @@ class RunDirectory:
         stored = read_manifest(self.path)
         remove_leftovers(self.path)
         if stored is None or resume == "never":
-            for made in ("layers", "model", "stats"):
+            for made in (FOLDER, "model", "stats"):
                 shutil.rmtree(self.path / made, ignore_errors=True)
             stored = {"format": FORMAT, "identity": identity, "num_blocks": num_blocks, "layers": {}, "evaluations": {}, "seconds": {}}
         self.manifest = stored
@@ -113,9 +90,9 @@ class RunDirectory:
     def _forget_damaged(self) -> list[str]:
         warnings = []
         for index, entry in sorted(self.manifest["layers"].items(), key=lambda item: int(item[0])):
-            path = self.layer(int(index))
-            if not path.is_file() or sha256(path) != entry["sha256"]:
-                warnings.append(f"{path} is {'damaged' if path.is_file() else 'missing'}; layer {index} is made again.")
+            found = self.storage.digest(int(index))
+            if found != entry["sha256"]:
+                warnings.append(f"{self.storage.path(int(index))} is {'damaged' if found else 'missing'}; layer {index} is made again.")
                 del self.manifest["layers"][index]
         for name, digest in self.manifest.get("model", {}).items():
             path = self.model / name

@@ -7,6 +7,7 @@ import hashlib
 import json
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -44,6 +45,8 @@ class Job(BaseModel):
     no_pca: bool = _field(False, "Cluster the raw inputs.", "true or false")
     kmeans_restarts: int = _field(10, "A router is as good as the best of so many KMeans runs; where tokens abound most of them run on a sample.", "a whole number from 1", ge=1)
 
+    propagation: Literal["sparse", "dense"] = _field("sparse", "What a block is fitted on: what the experts before it give (sparse, as published), or what the dense model gives (dense: blocks need not wait for each other).", "sparse or dense")
+
     dataset: str = _field("wikitext2", f"Calibration data: {KNOWN_DATA}.", KNOWN_DATA, min_length=1)
     dataset_size: int | None = _field(None, "Calibration windows; 128 unless given (of a .npy file, all).", "a whole number from 1", ge=1)
     seq_len: int | None = _field(None, "Tokens of a window; the model's context unless given, 2048 at most (Llama: 4096).", "a whole number from 2", ge=2)
@@ -56,8 +59,12 @@ class Job(BaseModel):
     resume: Literal["auto", "require", "never"] = _field("auto", "auto: go on with what the directory holds; require: fail if it holds nothing; never: start over.", "auto, require or never")
 
     actors: int | None = _field(None, "Ray actors; one for each GPU unless given, without GPUs one for each node.", "a whole number from 1", ge=1)
+    gpus_per_actor: float | None = _field(None, "Share of a GPU that an actor takes: with 0.5, two share one.", "a fraction above 0, up to 1", gt=0, le=1)
     threads: int | None = _field(None, "CPU threads of each actor; the CPUs are shared out unless given (or OMP_NUM_THREADS is set).", "a whole number from 1", ge=1)
     address: str | None = _field(None, "Ray cluster to run on (HOST:PORT, or auto for the one on this machine); unless given, Ray starts here.", "HOST:PORT or auto", min_length=1)
+    storage: str | None = _field(None, "Where layer shards are kept: a directory that every node sees, or an fsspec URL such as s3://bucket/run; the run directory unless given, and what a node does not see travels through the driver.", "a directory or a URL that fsspec knows", min_length=1)
+    activations: Literal["auto", "device", "host", "disk"] = _field("auto", "Where activations are kept between stages; auto: on the GPU as long as there is room, then in host memory, then on disk.", "auto, device, host or disk")
+    stall_limit: float = _field(1800, "Seconds that one call of an actor may take before it counts as hung, and the actor is replaced.", "a number of seconds from 10", ge=10)
     profile: bool = _field(False, "Write where the time went to the run directory's profile/: a timeline (ui.perfetto.dev opens it), its picture, a table of stages.", "true or false")
     verbose: bool = _field(False, "Show the actors' logs and every stage as a line.", "true or false")
 
@@ -65,6 +72,13 @@ class Job(BaseModel):
     @classmethod
     def _sparsity(cls, value: Any) -> str:
         return str(Pattern.parse(value))
+
+    @field_validator("storage")
+    @classmethod
+    def _no_credentials(cls, value: str | None) -> str | None:
+        if value is not None and "@" in urlsplit(value).netloc:
+            raise UserError("--storage holds a user name or a key, which would be saved with the job; give the URL without, and keys in the environment.")
+        return value
 
     @model_validator(mode="before")
     @classmethod
@@ -108,8 +122,13 @@ class Job(BaseModel):
 
     def recipe(self) -> dict:
         """The fields that decide what the shards hold, with their values."""
-        names = ["sparsity", "quantize", "num_clusters", "no_pca", "kmeans_restarts", "seed"]
+        names = ["sparsity", "quantize", "propagation"]
         names += ["bits", "group_size", "symmetric", "mse"] if self.quantize else []
+        return {name: getattr(self, name) for name in names} | self.routers()
+
+    def routers(self) -> dict:
+        """The fields that decide what the routers are, of the same inputs."""
+        names = ["num_clusters", "no_pca", "kmeans_restarts", "seed"]
         names += [] if self.no_pca else ["pca_reduction_factor"]
         return {name: getattr(self, name) for name in names}
 

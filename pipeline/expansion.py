@@ -1,27 +1,30 @@
 """One block: inputs -> routers -> Hessians -> experts -> the next block's inputs. Reads like the method.
 
-    captured = capture(model, block, index, hidden, architecture)      what each router's linears read, from the dense block
-    routing  = fit_router(job, captured.inputs[router])                PCA + KMeans
-    tokens   = TokensByExpert(captured.inputs[router], labels, ...)    sorted once
-    experts  = solve_experts(job, linears, [0, 1, ...], tokens.of, counts)    SparseGPT, batched
-    propagate(model, block, index, hidden, architecture, experts, ...) the block with its experts; `hidden` becomes its outputs
+    captured = capture(model, block, index, hidden, architecture, shelf)     what each router's linears read, from the dense block
+    routing  = fit_router(job, captured.inputs[router].tensor, sizes, device)    PCA + KMeans
+    tokens   = TokensByExpert(captured.inputs[router].tensor, labels, ...)   sorted once
+    experts  = solve_experts([job], linears, [0, 1, ...], tokens.of, counts) SparseGPT, batched
+    propagate(model, block, index, hidden, architecture, experts, ...)       the block with its experts; `hidden` becomes its outputs
+
+Activations are `Kept`: they lie on the device, in host memory or on disk, and come to the device piece by piece.
 
 Shapes: W windows, L tokens of a window, H hidden size, N tokens, C columns (in features), R rows (out features), E experts.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeline import routing
+from pipeline.activations import Kept, Shelf
 from pipeline.architectures import Architecture
 from pipeline.blocks import BlockwiseModel
 from pipeline.config import Job
-from pipeline.gram import hessian
+from pipeline.devices import free_memory
+from pipeline.gram import Tokens, hessian
 from pipeline.modeling_sparse_expansion import RoutedLinear, expand, router_name
 from pipeline.solver import Grid, find_grid, inverse_factor, solve
 
@@ -31,41 +34,44 @@ class Captured:
     """What a pass of the dense block leaves. `inputs`: for each router its linears' inputs (N, C), in window order.
     `attention`: by window group what the attention returned, which is the same when the experts run."""
 
-    inputs: list[Tensor]
-    attention: dict[int, Any]
+    inputs: list[Kept]
+    attention: dict[int, Kept]
 
 
 class _Tapped(Exception):
     """All inputs are known; what the block would go on to compute is not wanted."""
 
 
-def capture(model: BlockwiseModel, block: nn.Module, index: int, hidden: dict[int, Tensor], architecture: Architecture) -> Captured:
+def capture(model: BlockwiseModel, block: nn.Module, index: int, hidden: dict[int, Kept], architecture: Architecture, shelf: Shelf) -> Captured:
     """One pass of the dense block for every window group (W, L, H) of `hidden`, up to the down projection, whose input it taps
-    too: that one is fitted on what the dense gate and up produce, as published."""
+    too: that one is fitted on what the dense gate and up produce, as published. What is captured is kept on the shelf."""
     groups = architecture.router_groups
-    tokens = sum(hidden_WLH.shape[:2].numel() for hidden_WLH in hidden.values())
-    captured = Captured([torch.empty(tokens, block.get_submodule(group[0]).in_features, dtype=model.dtype, device=model.device) for group in groups], {})
-    done = 0
+    tokens = sum(kept.tensor.shape[:2].numel() for kept in hidden.values())
+    captured = Captured([shelf.keep(f"inputs of router {router}", (tokens, block.get_submodule(group[0]).in_features), model.dtype)
+                         for router, group in enumerate(groups)], {})
+    done, number = 0, -1
 
     def keep(router: int):
         def hook(_, args):
             tapped_NC = args[0].reshape(-1, args[0].shape[-1])
-            captured.inputs[router][done:done + len(tapped_NC)] = tapped_NC
+            captured.inputs[router].tensor[done:done + len(tapped_NC)] = tapped_NC
             if router == len(groups) - 1:
                 raise _Tapped
         return hook
 
+    def keep_attention(_, args, output):
+        # Attention returns its output and, from some implementations, its large matrix of weights, which nobody reads.
+        kept = captured.attention[number] = shelf.keep(f"attention of group {number}", tuple(output[0].shape), output[0].dtype)
+        kept.tensor.copy_(output[0])
+
     hooks = [block.get_submodule(group[0]).register_forward_pre_hook(keep(router)) for router, group in enumerate(groups)]
-    number = -1
-    # Attention returns its output and, from some implementations, its large matrix of weights, which nobody reads.
-    hooks.append(block.get_submodule(architecture.attention).register_forward_hook(
-        lambda _, args, output: captured.attention.__setitem__(number, (output[0], None))))
+    hooks.append(block.get_submodule(architecture.attention).register_forward_hook(keep_attention))
     try:
-        for number, hidden_WLH in hidden.items():  # noqa: B007 (the hook reads it)
+        for number, kept in hidden.items():  # noqa: B007 (a hook reads it)
             try:
-                model.run(block, index, hidden_WLH)
+                model.run(block, index, kept.tensor)
             except _Tapped:
-                done += hidden_WLH.shape[:2].numel()
+                done += kept.tensor.shape[:2].numel()
     finally:
         for hook in hooks:
             hook.remove()
@@ -73,9 +79,9 @@ def capture(model: BlockwiseModel, block: nn.Module, index: int, hidden: dict[in
     return captured
 
 
-def fit_router(job: Job, tokens_NC: Tensor) -> routing.Routing:
+def fit_router(job: Job, tokens_NC: Tensor, sizes: Sequence[int], device: torch.device) -> routing.Routing:
     components = job.components(tokens_NC.shape[1])
-    return routing.fit(tokens_NC, job.num_clusters, components, job.kmeans_restarts, job.seed)
+    return routing.fit(tokens_NC, job.num_clusters, components, job.kmeans_restarts, job.seed, sizes, device)
 
 
 class TokensByExpert:
@@ -83,7 +89,7 @@ class TokensByExpert:
 
     def __init__(self, tokens_NC: Tensor, labels_N: Tensor, num_experts: int):
         self._tokens_NC = tokens_NC
-        self._order_N = labels_N.argsort(stable=True)
+        self._order_N = labels_N.to(tokens_NC.device).argsort(stable=True)
         self._ends = [0, *torch.bincount(labels_N.long(), minlength=num_experts).cumsum(0).tolist()]
 
     def of(self, expert: int) -> Tensor:
@@ -105,52 +111,55 @@ class ExpertReport:
     loss: dict[str, float]  # by linear: 2/n squared output error on the expert's tokens, summed over rows
 
 
-def solve_experts(job: Job, linears: dict[str, Tensor], experts: list[int], tokens_of: Callable[[int], Tensor],
-                  counts: list[int]) -> tuple[dict[str, Tensor], list[ExpertReport]]:
+def solve_experts(jobs: Sequence[Job], linears: dict[str, Tensor], experts: list[int], tokens_of: Callable[[int], Tokens],
+                  counts: list[int]) -> list[tuple[dict[str, Tensor], list[ExpertReport]]]:
     """The sparse experts of linears that share an input.
 
-    linears: dense weights (R, C) by path. tokens_of: the tokens (N, C) of an expert, in window order; for an expert that no
-    token goes to, all tokens. counts: tokens of every expert. Returns weights (E, R, C) by path, in the linears' dtype and
-    the order of `experts`.
+    jobs: whose experts are made of the same tokens, so that Hessians and factors serve them all; they may differ in
+    sparsity and bits. linears: dense weights (R, C) by path. tokens_of: the tokens (N, C) of an expert, in window order, or
+    parts of them; for an expert that no token goes to, all tokens. counts: tokens of every expert. Returns for each job
+    weights (E, R, C) by path, in the linears' dtype and the order of `experts`, and a report for each expert.
     """
     rows = [len(weight) for weight in linears.values()]
     stacked_RC = torch.cat([weight.float() for weight in linears.values()])
-    grid = _stacked_grid(job, linears.values()) if job.quantize else None
+    grids = [_stacked_grid(job, linears.values()) if job.quantize else None for job in jobs]
     dtype = next(iter(linears.values())).dtype
-    weights = {path: weight.new_empty(len(experts), *weight.shape) for path, weight in linears.items()}
-    reports: list[tuple] = []
+    weights = [{path: weight.new_empty(len(experts), *weight.shape) for path, weight in linears.items()} for _ in jobs]
+    reports: list[list[ExpertReport]] = [[] for _ in jobs]
 
-    def solve_batch(batch: list[int]) -> None:
+    def solve_batch(first: int, batch: list[int]) -> None:
         factor = inverse_factor(_hessians(batch, tokens_of, stacked_RC))  # not kept: as large as the factor
-        weight_ERC, loss_ER = solve(stacked_RC, factor, job.pattern, rows, grid, dtype)
-        done = slice(len(reports), len(reports) + len(batch))
-        for linear_ERC, part_ERC in zip(weights.values(), weight_ERC.split(rows, dim=1)):
-            linear_ERC[done] = part_ERC
-        zeros_EP = torch.stack([(part_ERC == 0).sum(dim=(1, 2)) for part_ERC in weight_ERC.split(rows, dim=1)], dim=1)
-        loss_EP = torch.stack([part_ER.sum(1) for part_ER in loss_ER.split(rows, dim=1)], dim=1)
-        reports.extend(zip(batch, factor.damping_E.tolist(), factor.dead_EC.sum(1).tolist(), zeros_EP.tolist(), loss_EP.tolist()))
+        for job, grid, made, told in zip(jobs, grids, weights, reports):
+            weight_ERC, loss_ER = solve(stacked_RC, factor, job.pattern, rows, grid, dtype)
+            parts = dict(zip(linears, weight_ERC.split(rows, dim=1)))
+            for path, part_ERC in parts.items():
+                made[path][first:first + len(batch)] = part_ERC
+            zeros = {path: (part_ERC == 0).sum(dim=(1, 2)).tolist() for path, part_ERC in parts.items()}
+            losses = {path: part_ER.sum(1).tolist() for path, part_ER in zip(linears, loss_ER.split(rows, dim=1))}
+            del told[first:]  # of an attempt that ran out of memory
+            told.extend(
+                ExpertReport(expert, counts[expert], counts[expert] == 0, damping, dead, {path: count[place] / linears[path].numel() for path, count in zeros.items()},
+                             {path: loss[place] for path, loss in losses.items()})
+                for place, (expert, damping, dead) in enumerate(zip(batch, factor.damping_E.tolist(), factor.dead_EC.sum(1).tolist())))
 
-    waiting = _batches(experts, stacked_RC)
+    waiting, first = _batches(experts, stacked_RC), 0
     while waiting:
         batch = waiting.pop(0)
         try:
-            solve_batch(batch)
+            solve_batch(first, batch)
+            first += len(batch)
         except torch.OutOfMemoryError:
             if len(batch) == 1:
                 raise
             waiting[:0] = [batch[:len(batch) // 2], batch[len(batch) // 2:]]
-    sizes = [weight.numel() for weight in linears.values()]
-    return weights, [
-        ExpertReport(expert, counts[expert], counts[expert] == 0, damping, dead,
-                     {path: count / size for path, count, size in zip(linears, zeros, sizes)}, dict(zip(linears, losses)))
-        for expert, damping, dead, zeros, losses in reports]
+    return list(zip(weights, reports))
 
 
-def _hessians(experts: list[int], tokens_of: Callable[[int], Tensor], weight_RC: Tensor) -> Tensor:
+def _hessians(experts: list[int], tokens_of: Callable[[int], Tokens], weight_RC: Tensor) -> Tensor:
     columns = weight_RC.shape[1]
     hessian_ECC = weight_RC.new_empty(len(experts), columns, columns)
     for place, expert in enumerate(experts):
-        hessian_ECC[place] = hessian(tokens_of(expert))
+        hessian_ECC[place] = hessian(tokens_of(expert), weight_RC.device)
     return hessian_ECC
 
 
@@ -160,14 +169,15 @@ def _stacked_grid(job: Job, weights) -> Grid:
 
 
 def _batches(experts: list[int], weight_RC: Tensor) -> list[list[int]]:
-    """As many experts at a time as half of the free memory holds: four matrices of the Hessian's size, three of the weight's."""
+    """As many experts at a time as half of the free memory holds."""
     rows, columns = weight_RC.shape
-    each = 4 * columns * (4 * columns + 3 * rows)
-    free = 4 << 30
-    if weight_RC.is_cuda:  # what torch holds without using it is free, too
-        free = torch.cuda.mem_get_info(weight_RC.device)[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    size = max(1, min(len(experts), free // 2 // each))
+    size = max(1, min(len(experts), free_memory(weight_RC.device) // 2 // bytes_of_expert(rows, columns)))
     return [experts[start:start + size] for start in range(0, len(experts), size)]
+
+
+def bytes_of_expert(rows: int, columns: int) -> int:
+    """What solving takes for each expert of a batch: four matrices of the Hessian's size, three of the weight's, float32."""
+    return 4 * columns * (4 * columns + 3 * rows)
 
 
 class FixedRouter(nn.Module):
@@ -201,21 +211,30 @@ def routed_block(block: nn.Module, architecture: Architecture, weights: dict[str
     return routed, fixed
 
 
-def propagate(model: BlockwiseModel, block: nn.Module, index: int, hidden: dict[int, Tensor], architecture: Architecture,
-              weights: dict[str, Tensor], labels: list[Tensor], attention: dict[int, Any] | None = None) -> None:
+def propagate(model: BlockwiseModel, block: nn.Module, index: int, hidden: dict[int, Kept], architecture: Architecture,
+              weights: dict[str, Tensor], labels: list[Tensor], attention: dict[int, Kept] | None = None, through: set[int] | None = None) -> None:
     """Replace every window group of `hidden` by the output of the block with its experts.
 
     labels: for each router the expert (N) of all these tokens, in window order. attention: `Captured.attention`, where the
-    block has been captured on the same inputs; it is used up.
+    block has been captured on the same inputs. through: the groups that are through already; it grows, so that a call that
+    failed half-way can be made again.
     """
     routed, routers = routed_block(block, architecture, weights)
-    done = 0
-    for number, hidden_WLH in hidden.items():
-        tokens = hidden_WLH.shape[:2].numel()
-        for router, labels_N in zip(routers, labels):
-            router.labels_N = labels_N[done:done + tokens].long()
-        if attention is not None:
-            known = attention.pop(number)
-            routed.get_submodule(architecture.attention).forward = lambda *_, known=known, **__: known
-        hidden[number] = model.run(routed, index, hidden_WLH)
+    through, done = set() if through is None else through, 0
+    for number, kept in hidden.items():
+        tokens = kept.tensor.shape[:2].numel()
+        if number not in through:
+            for router, labels_N in zip(routers, labels):
+                router.labels_N = labels_N[done:done + tokens].long()
+            if attention is not None:
+                known = attention[number].tensor.to(model.device)
+                routed.get_submodule(architecture.attention).forward = lambda *_, known=known, **__: (known, None)
+            kept.tensor.copy_(model.run(routed, index, kept.tensor))
+            through.add(number)
         done += tokens
+
+
+def advance(model: BlockwiseModel, block: nn.Module, index: int, hidden: dict[int, Kept]) -> None:
+    """Replace every window group of `hidden` by the output of the dense block."""
+    for kept in hidden.values():
+        kept.tensor.copy_(model.run(block, index, kept.tensor))

@@ -88,6 +88,13 @@ def check_shapes(job: Job, source: Source) -> Architecture:
     return architecture
 
 
+def router_shapes(source: Source, architecture: Architecture) -> tuple[tuple[int, int], ...]:
+    """For each router the rows of its linears together, and their columns."""
+    checkpoint = Checkpoint(source.directory)
+    shapes = [[checkpoint.shape(f"{architecture.blocks}.0.{path}.weight") for path in group] for group in architecture.router_groups]
+    return tuple((sum(rows for rows, _ in group), group[0][1]) for group in shapes)
+
+
 def window_length(job_length: int | None, source: Source, dataset: str) -> int | None:
     """Tokens of a window. Raises UserError if they exceed the model's context. None: as the .npy file has it."""
     if job_length is not None and job_length > source.context:

@@ -2,13 +2,14 @@
 
 Many restarts cheaply: they run on a sample, in heats; the winner of each heat goes a little further over all tokens, and
 the best of those to the end. In 24 fits of 16 clusters to 65,536 tokens that ended 1.3 % below to 0.08 % above
-the inertia of 10 restarts over all tokens (0.35 % below on average), in half the time.
+the inertia of 10 restarts over all tokens (0.35 % below on average), in half the time. A round's runs do not need each other:
+`Tournament` says which they are, `play` makes some of them, on whichever actor.
 
 Shapes: N tokens, C columns (in features), D principal components, E experts (clusters).
 """
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.principal import principal_axes, project
+from pipeline import principal
 
 # Tokens for each cluster, in the sample: a GPU takes no longer over four times as many.
 SAMPLED = {"cpu": 512, "cuda": 2048}
@@ -40,70 +41,117 @@ class Routing:
     inertia: float
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A KMeans run that is to be made: from `restarts` starts of a seed, of which the best is kept, or from centroids."""
+
+    seed: int = 0
+    restarts: int = 1
+    start_ED: Tensor | None = None
+    steps: int = LAST_STEPS
+    sampled: bool = False  # on the sample alone
+
+
 @dataclass
-class _Run:
-    """One KMeans run; `labels_N` int32."""
+class Run:
+    """A KMeans run that was made, on the CPU; `labels_N` int32."""
 
     centroids_ED: Tensor
     labels_N: Tensor
     inertia: float
 
 
-# A library's KMeans over some tokens: from `restarts` starts of a seed, of which the best is kept, or from centroids.
-KMeans = Callable[..., _Run]
+class Tournament:
+    """Which KMeans runs a router of `tokens` tokens takes, round by round; or, where there are so few tokens or restarts that
+    sampling would save nothing, every restart over all tokens.
 
-
-def fit(tokens_NC: Tensor, num_clusters: int, components: int | None, restarts: int, seed: int) -> Routing:
-    """Cluster the tokens: PCA to `components` dimensions (None: no PCA), then KMeans, as good as the best of `restarts` runs.
-
-    Euclidean KMeans, as published, started by k-means++.
+    entries: the round to be played; empty when `winner` is known.
     """
+
+    def __init__(self, tokens: int, num_clusters: int, restarts: int, seed: int, device_type: str):
+        self.tokens, self.seed = tokens, seed
+        self.sampled = SAMPLED[device_type] * num_clusters
+        self.winner: Run | None = None
+        if restarts <= FINALISTS or 2 * STARTS * self.sampled > tokens:
+            self.entries = [Entry(seed + restart) for restart in range(restarts)]
+            self._following = []
+        else:
+            self.entries = [Entry(seed + heat, -(-STARTS * restarts // HEATS), sampled=True) for heat in range(HEATS)]
+            self._following = [(HEATS, FIRST_STEPS), (FINALISTS, LAST_STEPS)]  # how many go on, and how far
+
+    def advance(self, runs: Sequence[Run]) -> None:
+        """`runs`: the round's, in the order of `entries`."""
+        ranked = sorted(runs, key=lambda run: run.inertia)
+        if not self._following:
+            self.entries, self.winner = [], ranked[0]
+            return
+        kept, steps = self._following.pop(0)
+        self.entries = [Entry(start_ED=run.centroids_ED, steps=steps) for run in ranked[:kept]]
+
+    def sample(self, tokens_ND: Tensor) -> Tensor:
+        places = torch.randperm(self.tokens, generator=torch.Generator().manual_seed(self.seed))[:self.sampled]
+        return tokens_ND[places.to(tokens_ND.device)]
+
+
+def play(tournament: Tournament, entries: Sequence[Entry], tokens_ND: Tensor, num_clusters: int) -> list[Run]:
+    """Make some of a round's runs over all tokens, as they were projected. On a CPU, one run a thread."""
+    sample_ND = tournament.sample(tokens_ND) if any(entry.sampled for entry in entries) else tokens_ND
+
+    def make(entry: Entry) -> Run:
+        return kmeans(sample_ND if entry.sampled else tokens_ND, num_clusters, entry.seed, entry.restarts, entry.start_ED, entry.steps)
+
+    if _has_cuml(tokens_ND.device):
+        kmeans = _kmeans_cuml
+        return [make(entry) for entry in entries]
+    from threadpoolctl import threadpool_limits
+
+    kmeans = _kmeans_sklearn
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(torch.get_num_threads()) as threads:
+        return list(threads.map(make, entries))
+
+
+def fit(tokens_NC: Tensor, num_clusters: int, components: int | None, restarts: int, seed: int, sizes: Sequence[int] | None = None,
+        device: torch.device | None = None) -> Routing:
+    """Cluster tokens that all lie here: PCA to `components` dimensions (None: no PCA), then KMeans, as good as the best of
+    `restarts` runs. sizes: tokens of each window group. device: that computes, if it is not the tokens' own.
+
+    Euclidean KMeans, as published, started by k-means++. The same bits as when several actors fit it together.
+    """
+    device, sizes = device or tokens_NC.device, sizes or [len(tokens_NC)]
     if num_clusters == 1:
-        return _one_cluster(tokens_NC)
-    mean_C, axes_DC = (None, None) if components is None else principal_axes(tokens_NC, components, seed)
-    tokens_ND = tokens_NC.float() if components is None else project(tokens_NC, mean_C, axes_DC)
-    if _has_cuml(tokens_NC.device):
-        best = _cluster(tokens_ND, num_clusters, restarts, seed, _kmeans_cuml, map)
-    else:
-        from threadpoolctl import threadpool_limits
-
-        with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(torch.get_num_threads()) as threads:
-            best = _cluster(tokens_ND, num_clusters, restarts, seed, _kmeans_sklearn, threads.map)
-    return _as_routing(mean_C, axes_DC, best)
-
-
-def _cluster(tokens_ND: Tensor, num_clusters: int, restarts: int, seed: int, kmeans: KMeans, map_over: Callable) -> _Run:
-    """The tournament; or, where there are so few tokens or restarts that it would save nothing, every restart over all tokens."""
-    sampled = SAMPLED[tokens_ND.device.type] * num_clusters
-    if restarts <= FINALISTS or 2 * STARTS * sampled > len(tokens_ND):
-        return min(map_over(lambda restart: kmeans(tokens_ND, num_clusters, seed=seed + restart), range(restarts)), key=_inertia)
-    places = torch.randperm(len(tokens_ND), generator=torch.Generator().manual_seed(seed))[:sampled]
-    sample_ND = tokens_ND[places.to(tokens_ND.device)]
-    each = -(-STARTS * restarts // HEATS)
-    runs = list(map_over(lambda heat: kmeans(sample_ND, num_clusters, seed=seed + heat, restarts=each), range(HEATS)))
-    for steps, kept in ((FIRST_STEPS, FINALISTS), (LAST_STEPS, 1)):
-        runs = list(map_over(lambda run, steps=steps: kmeans(tokens_ND, num_clusters, start=run.centroids_ED, steps=steps), runs))
-        runs = sorted(runs, key=_inertia)[:kept]
-    return runs[0]
+        return one_cluster(len(tokens_NC), tokens_NC.shape[1], device)
+    mean_C = axes_DC = None
+    if components is not None:
+        mean_C = principal.mean_of([principal.token_sums(tokens_NC, sizes, device)], len(tokens_NC))
+        parts = principal.scatter_parts(tokens_NC, sizes, 0, len(sizes), mean_C, device)
+        axes_DC = principal.leading_axes(parts, len(sizes), len(tokens_NC), components, seed)
+    tokens_ND = points(tokens_NC, sizes, mean_C, axes_DC, device)
+    tournament = Tournament(len(tokens_NC), num_clusters, restarts, seed, device.type)
+    while tournament.entries:
+        tournament.advance(play(tournament, tournament.entries, tokens_ND, num_clusters))
+    return as_routing(mean_C, axes_DC, tournament.winner, device)
 
 
-def _inertia(run: _Run) -> float:
-    return run.inertia
+def points(tokens_NC: Tensor, sizes: Sequence[int], mean_C: Tensor | None, axes_DC: Tensor | None, device: torch.device) -> Tensor:
+    """What KMeans clusters (N, D): the tokens in their principal components, or as they are."""
+    if axes_DC is None:
+        return tokens_NC.to(device).float()
+    return principal.project(tokens_NC, sizes, mean_C, axes_DC, device)
 
 
-def _as_routing(mean_C: Tensor | None, axes_DC: Tensor | None, best: _Run) -> Routing:
+def as_routing(mean_C: Tensor | None, axes_DC: Tensor | None, best: Run, device: torch.device) -> Routing:
     """Fold mean, components and centroids into one linear classifier, in float64."""
-    weight_EC = centroids_ED = best.centroids_ED.double()
+    weight_EC = centroids_ED = best.centroids_ED.to(device).double()
     bias_E = -0.5 * centroids_ED.square().sum(1)
     if axes_DC is not None:
         weight_EC = centroids_ED @ axes_DC.double()
         bias_E -= weight_EC @ mean_C.double()
-    return Routing(weight_EC.float(), bias_E.float(), best.labels_N, best.inertia)
+    return Routing(weight_EC.float(), bias_E.float(), best.labels_N.to(device), best.inertia)
 
 
-def _one_cluster(tokens_NC: Tensor) -> Routing:
-    columns, device = tokens_NC.shape[1], tokens_NC.device
-    labels_N = torch.zeros(len(tokens_NC), dtype=torch.int32, device=device)
+def one_cluster(tokens: int, columns: int, device: torch.device) -> Routing:
+    """The router of a single expert."""
+    labels_N = torch.zeros(tokens, dtype=torch.int32, device=device)
     return Routing(torch.zeros(1, columns, device=device), torch.zeros(1, device=device), labels_N, 0.0)
 
 
@@ -117,7 +165,7 @@ def _has_cuml(device: torch.device) -> bool:
     return True
 
 
-def _kmeans_sklearn(tokens_ND: Tensor, num_clusters: int, seed: int = 0, restarts: int = 1, start: Tensor | None = None, steps: int = LAST_STEPS) -> _Run:
+def _kmeans_sklearn(tokens_ND: Tensor, num_clusters: int, seed: int, restarts: int, start: Tensor | None, steps: int) -> Run:
     from sklearn.cluster import KMeans
     from sklearn.exceptions import ConvergenceWarning
     from threadpoolctl import threadpool_limits
@@ -128,14 +176,14 @@ def _kmeans_sklearn(tokens_ND: Tensor, num_clusters: int, seed: int = 0, restart
         warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct tokens than clusters: empty experts are reported
         init = "k-means++" if start is None else start.cpu().numpy()
         fitted = KMeans(num_clusters, init=init, n_init=restarts, max_iter=steps, random_state=seed).fit(tokens_ND.cpu().numpy())
-    to_tensor = lambda array: torch.from_numpy(np.ascontiguousarray(array)).to(tokens_ND.device)  # noqa: E731
-    return _Run(to_tensor(fitted.cluster_centers_), to_tensor(fitted.labels_).int(), float(fitted.inertia_))
+    to_tensor = lambda array: torch.from_numpy(np.ascontiguousarray(array))  # noqa: E731
+    return Run(to_tensor(fitted.cluster_centers_), to_tensor(fitted.labels_).int(), float(fitted.inertia_))
 
 
-def _kmeans_cuml(tokens_ND: Tensor, num_clusters: int, seed: int = 0, restarts: int = 1, start: Tensor | None = None, steps: int = LAST_STEPS) -> _Run:
+def _kmeans_cuml(tokens_ND: Tensor, num_clusters: int, seed: int, restarts: int, start: Tensor | None, steps: int) -> Run:
     from cuml import KMeans
 
-    init = "k-means++" if start is None else start
+    init = "k-means++" if start is None else start.to(tokens_ND.device)
     fitted = KMeans(n_clusters=num_clusters, init=init, n_init=restarts, max_iter=steps, random_state=seed, output_type="cupy").fit(tokens_ND)
     to_tensor = lambda array: torch.as_tensor(array, device=tokens_ND.device)  # noqa: E731
-    return _Run(to_tensor(fitted.cluster_centers_).clone(), to_tensor(fitted.labels_).int(), float(fitted.inertia_))
+    return Run(to_tensor(fitted.cluster_centers_).cpu(), to_tensor(fitted.labels_).int().cpu(), float(fitted.inertia_))

@@ -1,8 +1,11 @@
 """Where a job's time went, for people: a timeline to zoom into, a picture of it, and a table of stages."""
 
+import contextlib
 import json
+import time
 from collections import defaultdict
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from pipeline.files import replacing
@@ -20,6 +23,26 @@ class Span:
     detail: str
     start: float
     seconds: float
+
+
+@dataclass
+class Clock:
+    """Seconds by stage, and the stages as they went by."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    spans: list[Span] = field(default_factory=list)
+
+    @contextlib.contextmanager
+    def timed(self, stage: str, layer: str = "", *more: dict[str, float]) -> Iterator[None]:
+        """Adds the seconds up by stage, in `seconds` and in `more`."""
+        start = time.time()
+        try:
+            yield
+        finally:
+            span = Span(DRIVER, stage, layer, start, time.time() - start)
+            self.spans.append(span)
+            for seconds in (self.seconds, *more):
+                seconds[stage] = seconds.get(stage, 0.0) + span.seconds
 
 
 def write_profile(directory: Path, spans: list[Span]) -> str:

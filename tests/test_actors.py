@@ -51,10 +51,10 @@ def test_empty_clusters_fall_back_and_are_reported(tmp_path):
 
 
 def test_a_kept_actor_that_has_died_is_replaced():
-    crew, bar, kept = size_crew(None, 1), Bar(1, verbose=False), []
-    Conductor(crew, "float32", bar, kept=kept).start()
+    size, bar, kept = size_crew(None, 1, None), Bar(1, verbose=False), []
+    Conductor(size, "float32", bar, kept=kept).start()
     first = kept[0]
-    again = Conductor(crew, "float32", bar, kept=kept)
+    again = Conductor(size, "float32", bar, kept=kept)
     again.start()
     assert kept == [first]  # alive: taken over as it is
     ray.kill(first)

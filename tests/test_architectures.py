@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from pipeline.activations import Kept, Shelf
 from pipeline.architectures import ARCHITECTURES, architecture_of
 from pipeline.blocks import BlockwiseModel
 from pipeline.errors import UserError
@@ -61,8 +62,8 @@ def test_capture_sees_what_the_linears_read(model_type, tmp_path):
     architecture = architecture_of(model_type, "")
     ids_WL = token_windows(5, 16)
     model = BlockwiseModel(directory, torch.float32, CPU)
-    hidden = {number: model.embed(part) for number, part in enumerate(ids_WL.split(2))}
-    captured = capture(model, model.load_block(0), 0, hidden, architecture)
+    hidden = {number: Kept(model.embed(part)) for number, part in enumerate(ids_WL.split(2))}
+    captured = capture(model, model.load_block(0), 0, hidden, architecture, Shelf(CPU))
     truth = AutoModelForCausalLM.from_pretrained(directory)
     block = truth.get_submodule(architecture.blocks)[0]
     seen = {}
@@ -70,17 +71,17 @@ def test_capture_sees_what_the_linears_read(model_type, tmp_path):
         for path in group:
             block.get_submodule(path).register_forward_pre_hook(lambda _, args, path=path: seen.__setitem__(path, args[0].reshape(80, -1)))
     truth(ids_WL)
-    for group, inputs_NC in zip(architecture.router_groups, captured.inputs):
+    for group, inputs in zip(architecture.router_groups, captured.inputs):
         for path in group:  # all of a group read the same
-            torch.testing.assert_close(inputs_NC, seen[path], rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(inputs.tensor, seen[path], rtol=1e-5, atol=1e-6)
 
 
 @torch.no_grad()
 def test_capture_without_windows_has_the_linears_widths(tmp_path):
     """An actor that no window group fell to still hands its (no) tokens to the others."""
     model = BlockwiseModel(save_tiny(tmp_path / "model"), torch.bfloat16, CPU)
-    captured = capture(model, model.load_block(0), 0, {}, architecture_of("gpt_neox", ""))
-    assert [(inputs_NC.shape, inputs_NC.dtype) for inputs_NC in captured.inputs] == [((0, 32), torch.bfloat16), ((0, 64), torch.bfloat16)]
+    captured = capture(model, model.load_block(0), 0, {}, architecture_of("gpt_neox", ""), Shelf(CPU))
+    assert [(inputs.tensor.shape, inputs.tensor.dtype) for inputs in captured.inputs] == [((0, 32), torch.bfloat16), ((0, 64), torch.bfloat16)]
 
 
 @torch.no_grad()
@@ -113,17 +114,18 @@ def test_propagation_through_dense_experts_equals_dense(model_type, tmp_path):
     model = BlockwiseModel(save_tiny(tmp_path / "model", model_type), torch.float32, CPU)
     architecture = architecture_of(model_type, "")
     block = model.load_block(1)
-    hidden = {number: model.embed(part) for number, part in enumerate(token_windows(5, 16).split(2))}
-    expected = {number: model.run(block, 1, hidden_WLH) for number, hidden_WLH in hidden.items()}
+    entering = {number: model.embed(part) for number, part in enumerate(token_windows(5, 16).split(2))}
+    expected = {number: model.run(block, 1, hidden_WLH) for number, hidden_WLH in entering.items()}
     weights = {path: block.get_submodule(path).weight.expand(4, -1, -1) for group in architecture.router_groups for path in group}
     labels = [torch.arange(80) % 4, torch.arange(80) // 20]
-    remembered = capture(model, block, 1, hidden, architecture).attention
-    for attention in (remembered, None):
-        outputs = dict(hidden)
-        propagate(model, block, 1, outputs, architecture, weights, labels, attention)
-        for number in hidden:
-            torch.testing.assert_close(outputs[number], expected[number], rtol=1e-5, atol=1e-5)
-    assert not remembered
+    remembered = capture(model, block, 1, {number: Kept(hidden_WLH) for number, hidden_WLH in entering.items()}, architecture, Shelf(CPU)).attention
+    for attention, through in ((remembered, set()), (None, {1})):
+        hidden = {number: Kept(hidden_WLH.clone()) for number, hidden_WLH in entering.items()}
+        propagate(model, block, 1, hidden, architecture, weights, labels, attention, through := set(through))
+        for number, kept in hidden.items():
+            passed_over = attention is None and number == 1  # it was through already
+            torch.testing.assert_close(kept.tensor, entering[1] if passed_over else expected[number], rtol=1e-5, atol=1e-5)
+        assert through == {0, 1, 2}
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from pipeline.activations import Kept, Shelf
 from pipeline.architectures import architecture_of
 from pipeline.blocks import BlockwiseModel
 from pipeline.config import Job
@@ -75,7 +76,7 @@ def make_model(shape: Shape, directory) -> BlockwiseModel:
     return BlockwiseModel(directory, shape.dtype, DEVICE)
 
 
-def make_hidden(shape: Shape, model: BlockwiseModel) -> dict[int, torch.Tensor]:
+def make_hidden(shape: Shape, model: BlockwiseModel) -> dict[int, Kept]:
     """Clustered activations in place of what the embedding gives; the masks and positions are the model's."""
     generator = torch.Generator(DEVICE).manual_seed(0)
     centres = torch.randn(64, shape.hidden, generator=generator, device=DEVICE)
@@ -83,11 +84,11 @@ def make_hidden(shape: Shape, model: BlockwiseModel) -> dict[int, torch.Tensor]:
     for number, ids_WL in enumerate(Windows(torch.zeros(shape.windows, shape.length, dtype=torch.long), "").groups(DEVICE.type)):
         model.embed(ids_WL)
         labels = torch.randint(64, ids_WL.shape, generator=generator, device=DEVICE)
-        hidden[number] = (centres[labels] + torch.randn(*ids_WL.shape, shape.hidden, generator=generator, device=DEVICE)).to(shape.dtype)
+        hidden[number] = Kept((centres[labels] + torch.randn(*ids_WL.shape, shape.hidden, generator=generator, device=DEVICE)).to(shape.dtype))
     return hidden
 
 
-def expand_block(model: BlockwiseModel, hidden: dict[int, torch.Tensor], job: Job) -> dict[str, float]:
+def expand_block(model: BlockwiseModel, hidden: dict[int, Kept], job: Job, shelf: Shelf) -> dict[str, float]:
     """What an actor does for one block, apart from writing it; `hidden` becomes its outputs. Returns seconds by stage."""
     stages: dict[str, float] = {}
 
@@ -98,20 +99,21 @@ def expand_block(model: BlockwiseModel, hidden: dict[int, torch.Tensor], job: Jo
         return now
 
     architecture = architecture_of(model.config.model_type, "")
+    sizes = [kept.tensor.shape[:2].numel() for kept in hidden.values()]
     clock = time.perf_counter()
     block = model.load_block(0)
     clock = done("load", clock)
-    captured = capture(model, block, 0, hidden, architecture)
+    captured = capture(model, block, 0, hidden, architecture, shelf)
     clock = done("capture", clock)
     weights, labels = {}, []
     for router, group in enumerate(architecture.router_groups):
-        fitted = fit_router(job, captured.inputs[router])
+        inputs_NC = captured.inputs[router].tensor
+        fitted = fit_router(job, inputs_NC, sizes, DEVICE)
         labels.append(fitted.labels_N)
         clock = done("cluster", clock)
         linears = {path: block.get_submodule(path).weight for path in group}
-        weights |= solve(job, linears, captured.inputs[router], fitted.labels_N)
+        weights |= solve(job, linears, inputs_NC, fitted.labels_N)
         clock = done("solve", clock)
-    captured.inputs.clear()
     propagate(model, block, 0, hidden, architecture, weights, labels, captured.attention)
     done("propagate", clock)
     return stages
@@ -120,16 +122,18 @@ def expand_block(model: BlockwiseModel, hidden: dict[int, torch.Tensor], job: Jo
 def solve(job: Job, linears: dict[str, torch.Tensor], tokens_NC: torch.Tensor, labels_N: torch.Tensor) -> dict[str, torch.Tensor]:
     by_expert = TokensByExpert(tokens_NC, labels_N, job.num_clusters)
     counts = torch.bincount(labels_N.long(), minlength=job.num_clusters).tolist()
-    return solve_experts(job, linears, list(range(job.num_clusters)), lambda expert: by_expert.of(expert) if counts[expert] else tokens_NC, counts)[0]
+    [(weights, _)] = solve_experts([job], linears, list(range(job.num_clusters)), lambda expert: by_expert.of(expert) if counts[expert] else tokens_NC, counts)
+    return weights
 
 
 def measured(shape: Shape, model: BlockwiseModel, job: Job, rounds: int = 2) -> dict[str, float]:
     best: dict[str, float] = {}
+    shelf = Shelf(DEVICE)
     for number in range(rounds + 1):  # the first loads and compiles
         hidden = make_hidden(shape, model)
         gc.collect()
         synchronize()
-        stages = expand_block(model, hidden, job)
+        stages = expand_block(model, hidden, job, shelf)
         if number and (not best or sum(stages.values()) < sum(best.values())):
             best = stages
     return best
@@ -139,9 +143,9 @@ def measured(shape: Shape, model: BlockwiseModel, job: Job, rounds: int = 2) -> 
 def test_capture(shape, tmp_path, benchmark, record):
     model = make_model(shape, tmp_path)
     hidden, architecture = make_hidden(shape, model), architecture_of(shape.model_type, "")
-    block = model.load_block(0)
-    here = benchmark.pedantic(lambda: seconds(lambda: capture(model, block, 0, hidden, architecture)), rounds=1)
-    hidden_WLH = torch.cat(list(hidden.values()))
+    block, shelf = model.load_block(0), Shelf(DEVICE)
+    here = benchmark.pedantic(lambda: seconds(lambda: capture(model, block, 0, hidden, architecture, shelf)), rounds=1)
+    hidden_WLH = torch.cat([kept.tensor for kept in hidden.values()])
     model.embed(torch.zeros(1, shape.length, dtype=torch.long))
     paths = [group[0] for group in architecture.router_groups]
     one_by_one = seconds(lambda: [plain.capture(model, block, 0, hidden_WLH, path) for path in paths], 1)
@@ -158,7 +162,7 @@ def test_block(shape, tmp_path, benchmark, record):
     memory = {"GB": peak.bytes / 1e9} if ON_GPU else {}
     one_by_one = None
     if shape.with_plain:
-        hidden_WLH = torch.cat(list(make_hidden(shape, model).values()))
+        hidden_WLH = torch.cat([kept.tensor for kept in make_hidden(shape, model).values()])
         model.embed(torch.zeros(1, shape.length, dtype=torch.long))
         block, architecture = model.load_block(0), architecture_of(shape.model_type, "")
         one_by_one = seconds(lambda: plain.expand_block(model, block, 0, hidden_WLH, architecture, job), 1, warm=False)

@@ -1,0 +1,209 @@
+"""Blocks one after the other, all actors on each: block b + 1 sees what the experts of block b give.
+
+An actor that is lost is replaced: its windows go through the finished blocks again, from disk, and what it had not handed over
+is made again. Everybody else keeps what it has. A job that starts, or starts again, is the same: all seats are new.
+"""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+import ray
+
+from actors.crew import Lost, Seat
+from actors.shards import Writing
+from actors.stages import Stages
+from pipeline.routing import Run, Tournament
+from pipeline.schedule import Task, assign, deal
+
+CAPTURE, CLUSTER, SOLVE, WRITE = 0.1, 0.3, 0.5, 0.1  # shares of a block's time, for the bar
+
+
+class _StartOver(Exception):
+    """A finished block's shard cannot be written any more: go back to what is on disk."""
+
+
+@dataclass
+class _Block:
+    """A block in the making, as far as the driver knows it. fitted: by router. solved: reports and solver by task."""
+
+    index: int
+    tasks: list[list[Task]] = field(default_factory=list)  # by actor
+    fitted: dict[int, dict] = field(default_factory=dict)
+    solved: dict[Task, tuple[Seat, list[dict]]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def routers(self) -> list[dict]:
+        return [self.fitted[router] for router in sorted(self.fitted)]
+
+
+class SparsePropagation(Stages):
+    """`known`: routers of the first block by what they depend on; jobs of a sweep see the same dense inputs there."""
+
+    def expand(self, known: dict | None = None) -> None:
+        """Make every missing layer, in order."""
+        self.known = {} if known is None else known
+        while missing := self.run.missing_layers():
+            try:
+                for index in missing:
+                    self._expand(_Block(index), missing)
+                self.record(wait=True)
+            except _StartOver:
+                self.writing = None
+                for seat in self.crew.seats:
+                    seat.block = -1
+
+    def _expand(self, block: _Block, missing: list[int]) -> None:
+        while True:
+            try:
+                self._bring_up_to(block)
+                self.reader.ahead(min((index for index in missing if index > block.index), default=self.run.num_blocks))
+                self._cluster(block)
+                self._solve(block)
+                self.record(wait=True)
+                self._propagate(block)
+                return
+            except Lost as lost:
+                self._recover(lost, block)
+
+    def _recover(self, lost: Lost, block: _Block) -> None:
+        gone = [seat.rank for seat in self.crew.seats if seat.rank in lost.ranks]
+        others = self.crew.recover(lost, self.where)
+        self.reader.forget()
+        if not others:
+            if self.writing is not None:
+                self._save_or_start_over()
+            block.fitted, block.tasks, block.solved = {}, [], {}
+            return
+        block.solved = {task: (seat, reports) for task, (seat, reports) in block.solved.items() if seat.rank not in gone}
+        if self.writing is not None:
+            self._save_or_start_over()
+
+    def _save_or_start_over(self) -> None:
+        """The last block's shard: it is there already, or somebody can still write it, or it is made again."""
+        try:
+            self.record(wait=True)
+        except Lost:
+            try:
+                self.writing.again(self.crew, self.driver)
+                self.record(wait=True)
+            except Lost:
+                raise _StartOver from None
+
+    # The stages
+
+    def _bring_up_to(self, block: _Block) -> None:
+        """Every actor's windows are this block's inputs, captured."""
+        new = [seat for seat in self.crew.seats if seat.block < 0]
+        if new:
+            self.begin(list(zip(new, [self.shares()[seat.rank] for seat in new])))
+        while behind := [seat for seat in self.crew.seats if seat.block < block.index]:
+            index = min(seat.block for seat in behind)
+            with self.stage("replay", index):
+                self.reader.ahead(index + 1)
+                shards = {True: None, False: None if all(seat.sees_run for seat in behind) else self.read_shard(index)}
+                weights = self.reader.take(index)
+                seats = [seat for seat in behind if seat.block == index]
+                self.ask([(seat, seat.actor.replay.remote(self.run.storage, index, weights, shards[seat.sees_run])) for seat in seats])
+                for seat in seats:
+                    seat.block += 1
+        waiting = [seat for seat in self.crew.seats if seat.block == block.index and not seat.captured]
+        if waiting:
+            with self._timed("capture", block):
+                weights = self.reader.take(block.index)
+                self.ask([(seat, seat.actor.capture.remote(block.index, weights)) for seat in waiting])
+                for seat in waiting:
+                    seat.captured, seat.settled = True, False
+                self.reporter.advance(CAPTURE * len(waiting) / len(self.crew.seats))
+
+    def _cluster(self, block: _Block) -> None:
+        groups = range(len(self.architecture.router_groups))
+        keys = {router: (str(self.job.routers()), router) for router in groups}
+        if block.index == 0:
+            block.fitted |= {router: self.known[keys[router]] for router in groups if keys[router] in self.known and router not in block.fitted}
+        unfitted = [router for router in groups if router not in block.fitted]
+        with self._timed("cluster", block):
+            if unfitted:
+                block.fitted |= dict(zip(unfitted, self._fit(block.index, unfitted)))
+                self.reporter.advance(CLUSTER)
+            if block.index == 0:
+                self.known |= {keys[router]: block.fitted[router] for router in groups}
+            self.everywhere = ray.put(block.routers)
+            seats = [seat for seat in self.crew.seats if not seat.settled and seat.captured]
+            self.ask([(seat, seat.actor.settle.remote(self.everywhere)) for seat in seats])
+            for seat in seats:
+                seat.settled = True
+
+    def _fit(self, index: int, routers: Sequence[int]) -> list[dict]:
+        """Fit routers on everybody's tokens. Each has an actor that decomposes and decides; KMeans runs are dealt to all."""
+        seats, job = self.crew.seats, self.job
+        deciders = {router: seats[(index + router) % len(seats)] for router in routers}
+        sums = {router: [] for router in routers}
+        axes, projected = dict.fromkeys(routers), {}
+        if job.num_clusters == 1:
+            return self.ask([(decider, decider.actor.route.remote(router, None, None)) for router, decider in deciders.items()])
+        if not job.no_pca:
+            sums = {router: [seat.actor.sums.remote(router) for seat in seats] for router in routers}
+            parts = {router: [seat.actor.scatter.remote(router, *sums[router]) for seat in seats] for router in routers}
+            axes = {router: decider.actor.axes.remote(router, *parts[router]) for router, decider in deciders.items()}
+        projected = {router: [seat.actor.project.remote(router, axes[router], *sums[router]) for seat in seats] for router in routers}
+        tokens = self.windows.count * self.windows.length
+        tournaments = {router: Tournament(tokens, job.num_clusters, job.kmeans_restarts, job.seed, self.device_type) for router in routers}
+        while any(tournament.entries for tournament in tournaments.values()):
+            self._play_round(tournaments, projected)
+        return self.ask([(decider, decider.actor.route.remote(router, tournaments[router].winner, axes[router], *sums[router]))
+                         for router, decider in deciders.items()])
+
+    def _play_round(self, tournaments: dict[int, Tournament], projected: dict[int, list[ray.ObjectRef]]) -> None:
+        seats, calls = self.crew.seats, []
+        for place, (router, tournament) in enumerate(tournaments.items()):
+            shares = deal(tournament.entries, len(seats))
+            # Where there are fewer runs than actors, the next router's go to the others.
+            for seat, entries in zip(seats if place % 2 == 0 else seats[::-1], shares):
+                if entries:
+                    calls.append((router, seat, seat.actor.play.remote(router, tournament, entries, *projected[router])))
+        results = self.ask([(seat, ref) for _, seat, ref in calls])
+        runs: dict[int, dict[int, list[Run]]] = {router: {} for router in tournaments}
+        for (router, seat, _), made in zip(calls, results):
+            runs[router][seat.rank] = made
+        for place, (router, tournament) in enumerate(tournaments.items()):
+            ranks = sorted(runs[router], reverse=place % 2 == 1)
+            tournament.advance([run for rank in ranks for run in runs[router][rank]])
+
+    def _solve(self, block: _Block) -> None:
+        seats = self.crew.seats
+        if not block.tasks:
+            block.tasks = assign([fit["counts"] for fit in block.routers], self.groups, len(seats))
+        waiting = [(seat, task) for seat, tasks in zip(seats, block.tasks) for task in tasks if task not in block.solved]
+        with self._timed("solve", block):
+            # An actor does what it is asked in the order of asking: everybody's tokens are asked for before anybody computes with them.
+            elsewhere = [[other.actor.tokens_of.remote(task) for other in seats if other is not seat] for seat, task in waiting]
+            calls = [(seat, seat.actor.solve.remote(block.index, task, *tokens)) for (seat, task), tokens in zip(waiting, elsewhere)]
+            of = {ref: (seat, task) for (seat, ref), (_, task) in zip(calls, waiting)}
+            share = SOLVE / max(1, sum(len(task.experts) for tasks in block.tasks for task in tasks))
+
+            def note(ref: ray.ObjectRef, reports: list[dict]) -> None:
+                block.solved[of[ref][1]] = (of[ref][0], reports)
+                self.reporter.advance(share * len(of[ref][1].experts))
+
+            self.ask(calls, note, watch=self.experts_solved(block.index))
+
+    def _propagate(self, block: _Block) -> None:
+        seats = self.crew.seats
+        with self._timed("propagate", block):
+            tasks, solvers = list(block.solved), [seat for seat, _ in block.solved.values()]
+            # Only what another actor solved moves; on one actor nothing does.
+            experts = [solver.actor.experts.remote((0, block.index), task) if len(seats) > 1 else None for task, solver in zip(tasks, solvers)]
+            here = [seat for seat in seats if seat.block == block.index]
+            self.ask([(seat, seat.actor.propagate.remote(block.index, tasks, *[one for one, solver in zip(experts, solvers) if solver is not seat]))
+                      for seat in here])
+            for seat in here:
+                seat.block, seat.captured = seat.block + 1, False
+        reports = [report for _, told in block.solved.values() for report in told]
+        self.write(Writing(self.run, (0, block.index), self.architecture.router_groups, block.routers, tasks, solvers, experts,
+                            sorted(reports, key=lambda report: (report["router"], report["expert"])), block.seconds))
+
+    def _timed(self, name: str, block: _Block) -> AbstractContextManager[None]:
+        self.record(wait=False)
+        return self.stage(name, block.index, block.seconds)
