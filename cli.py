@@ -43,6 +43,7 @@ NumClusters = Annotated[int | None, _option("num_clusters", EXPERTS)]
 PcaFactor = Annotated[int | None, _option("pca_reduction_factor", EXPERTS)]
 NoPca = Annotated[bool | None, _option("no_pca", EXPERTS, "--no-pca/--pca")]
 Restarts = Annotated[int | None, _option("kmeans_restarts", EXPERTS)]
+Propagation = Annotated[str | None, _option("propagation", EXPERTS)]
 Dataset = Annotated[str | None, _option("dataset", DATA)]
 DatasetSize = Annotated[int | None, _option("dataset_size", DATA)]
 SeqLen = Annotated[int | None, _option("seq_len", DATA)]
@@ -53,11 +54,16 @@ Seed = Annotated[int | None, _option("seed", DATA)]
 OutputDir = Annotated[str | None, _option("output_dir", WHERE)]
 Resume = Annotated[str | None, _option("resume", WHERE)]
 Actors = Annotated[int | None, _option("actors", WHERE)]
+GpusPerActor = Annotated[float | None, _option("gpus_per_actor", WHERE)]
 Threads = Annotated[int | None, _option("threads", WHERE)]
 Address = Annotated[str | None, _option("address", WHERE)]
+Storage = Annotated[str | None, _option("storage", WHERE)]
+Activations = Annotated[str | None, _option("activations", WHERE)]
+StallLimit = Annotated[float | None, _option("stall_limit", WHERE)]
 Profile = Annotated[bool | None, _option("profile", WHERE, "--profile/--no-profile")]
 Verbose = Annotated[bool | None, _option("verbose", WHERE, "--verbose/--quiet")]
 Config = Annotated[str | None, typer.Option(help="YAML of options; the command line wins.", rich_help_panel=WHERE)]
+Head = Annotated[str, typer.Option("--address", help="Of the cluster's job server: http://HEAD:8265.", rich_help_panel=WHERE)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.", rich_help_panel=WHERE)]
 
 
@@ -83,9 +89,10 @@ def _print(text: str, result: dict, as_json: bool) -> None:
 def run(model: Model = None, model_size: ModelSize = None, revision: Revision = None, cache_dir: CacheDir = None, dtype: Dtype = None,
         sparsity: Sparsity = None, quantize: Quantize = None, bits: Bits = None, group_size: GroupSize = None, symmetric: Symmetric = None,
         mse: Mse = None, num_clusters: NumClusters = None, pca_reduction_factor: PcaFactor = None, no_pca: NoPca = None,
-        kmeans_restarts: Restarts = None, dataset: Dataset = None, dataset_size: DatasetSize = None, seq_len: SeqLen = None,
+        kmeans_restarts: Restarts = None, propagation: Propagation = None, dataset: Dataset = None, dataset_size: DatasetSize = None, seq_len: SeqLen = None,
         eval_dataset: EvalDataset = None, eval_size: EvalSize = None, no_dense: NoDense = None, seed: Seed = None,
-        output_dir: OutputDir = None, resume: Resume = None, actors: Actors = None, threads: Threads = None, address: Address = None,
+        output_dir: OutputDir = None, resume: Resume = None, actors: Actors = None, gpus_per_actor: GpusPerActor = None, threads: Threads = None,
+        address: Address = None, storage: Storage = None, activations: Activations = None, stall_limit: StallLimit = None,
         profile: Profile = None, verbose: Verbose = None, config: Config = None, json: Json = False) -> None:
     """Expand a model, save it, and measure its perplexity. Run again after a kill, it goes on."""
     options = {name: value for name, value in locals().items() if name in Job.model_fields}
@@ -112,7 +119,8 @@ def demo(output_dir: OutputDir = None, actors: Actors = None, threads: Threads =
 @app.command(name="eval")
 def evaluate(model: Model = None, model_size: ModelSize = None, revision: Revision = None, cache_dir: CacheDir = None, dtype: Dtype = None,
              eval_dataset: EvalDataset = None, eval_size: EvalSize = None, seq_len: SeqLen = None, seed: Seed = None,
-             actors: Actors = None, threads: Threads = None, address: Address = None, verbose: Verbose = None, json: Json = False) -> None:
+             actors: Actors = None, gpus_per_actor: GpusPerActor = None, threads: Threads = None, address: Address = None,
+             stall_limit: StallLimit = None, verbose: Verbose = None, json: Json = False) -> None:
     """Perplexity of a dense or a saved model, block by block from its files."""
     options = {name: value for name, value in locals().items() if name in Job.model_fields}
     with _user_errors():
@@ -132,6 +140,54 @@ def status(directory: Annotated[str, typer.Argument(help="A run directory.")], j
 
         result = read_status(directory)
         _print(describe_status(result), result, json)
+
+
+def _parsed(command: list[str]) -> dict[str, Any]:
+    """The options of a command that another machine is to run: one that computes with a model."""
+    commands = typer.main.get_command(app).commands
+    allowed = [name for name, known in commands.items() if "model" in [option.name for option in known.params]]
+    if command[0] not in allowed:
+        raise UserError(f"{command[0]!r} cannot be submitted; allowed is {' or '.join(allowed)}, with its options.")
+    return commands[command[0]].make_context(command[0], command[1:]).params
+
+
+@app.command(context_settings={"allow_interspersed_args": False})
+def submit(command: Annotated[list[str], typer.Argument(metavar="COMMAND...", help="run or eval with its options; paths are the cluster's.")],
+           address: Head, no_wait: Annotated[bool, typer.Option("--no-wait", help="Print the job's id and leave.")] = False) -> None:
+    """Run a command on a Ray cluster. Prints the job's id, then its log, and exits as the job does.
+
+    sparse-expansion submit --address http://HEAD:8265 -- run --model pythia --model-size 12b --output-dir /shared/runs/12b
+    """
+    with _user_errors():
+        options = _parsed(command)
+        config = options.get("config")
+        job = make_job({name: value for name, value in options.items() if name in Job.model_fields}, config)
+        from actors import submission
+        from actors.secrets import secrets_here
+
+        submitted = submission.submit(address, command, job, config)
+        print(submitted, flush=True)
+        if secrets_here():
+            print(f"Set here, but not shipped: {', '.join(secrets_here())}. The job has what is set where ray start ran.", file=sys.stderr)
+        if no_wait:
+            return
+        try:
+            code, sentence = submission.follow(address, submitted, lambda text: print(text, end="", flush=True))
+        except KeyboardInterrupt:
+            print(submission.goes_on(address, submitted), file=sys.stderr)
+            raise typer.Exit(130) from None
+        if sentence:
+            print(sentence, file=sys.stderr)
+        raise typer.Exit(code)
+
+
+@app.command()
+def cancel(submitted: Annotated[str, typer.Argument(metavar="ID", help="What submit printed first.")], address: Head) -> None:
+    """Stop a submitted job. What is finished stays; the same submit goes on."""
+    with _user_errors():
+        from actors import submission
+
+        print(submission.cancel(address, submitted))
 
 
 if __name__ == "__main__":

@@ -38,8 +38,8 @@ def check_address(address: str | None) -> None:
     if address in (None, "auto", "local"):
         return
     host, _, port = address.rpartition(":")
-    if address.startswith("ray://") or not host or not port.isdigit():
-        raise UserError(f"--address is {address!r}; allowed is HOST:PORT of a Ray head, or auto. To run from outside a cluster, use ray job submit.")
+    if address.startswith("ray://") or not host or not port.isdigit() or int(port) > 65535:
+        raise UserError(f"--address is {address!r}; allowed is HOST:PORT of a Ray head, or auto. From outside a cluster, use sparse-expansion submit.")
     try:
         socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
     except OSError as error:
@@ -64,7 +64,7 @@ def connected(address: str | None, verbose: bool) -> Iterator[None]:
     quiet = dict(logging_level=logging.WARNING if verbose else logging.ERROR, log_to_driver=verbose)
     try:
         if address:
-            _offer_token()
+            offer_token()
             ray.init(address=address, runtime_env=_code_for(address), **quiet)
         else:
             ray.init(address="local", num_cpus=len(os.sched_getaffinity(0)), include_dashboard=False, **quiet)
@@ -79,7 +79,7 @@ def connected(address: str | None, verbose: bool) -> Iterator[None]:
         ray.shutdown()
 
 
-def _offer_token() -> None:
+def offer_token() -> None:
     """A head started where a token lies asks for it, but Ray offers one only to a cluster that it found by itself."""
     try:
         from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
@@ -120,6 +120,8 @@ def size_crew(requested: int | None, threads: int | None, gpus_per_actor: float 
         return _crew(actors, max(1, cpus // actors // 2), share, threads)
     if gpus_per_actor is not None:
         raise UserError(f"--gpus-per-actor is {gpus_per_actor:g}, but Ray has no GPU; leave it out.")
+    if cpus == 0:
+        raise UserError("Ray has neither GPUs nor CPUs for actors yet; wait until ray status lists the workers.")
     actors = requested or len([node for node in nodes if node.get("CPU", 0) >= 1])
     if actors > cpus:
         raise UserError(f"--actors is {actors}, but Ray has {cpus} CPUs and no GPU; allowed is 1 to {cpus}.")
