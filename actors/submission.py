@@ -16,7 +16,7 @@ import aiohttp
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
-from actors.cluster import offer_token, check_address
+from actors.cluster import check_address, offer_token
 from pipeline.config import Job
 from pipeline.errors import UserError
 
