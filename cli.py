@@ -13,19 +13,21 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.config import Job, make_job
-from pipeline.errors import UserError
+from pipeline.errors import UserError, for_the_user
+from pipeline.grid import make_grid
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode="rich", pretty_exceptions_show_locals=False,
                   help="Turn a Hugging Face causal LM into a mixture of sparse experts.")
 
 MODEL, SPARSITY, EXPERTS, DATA, WHERE = "Model", "Sparsity and bits", "Experts", "Data and evaluation", "Where and how it runs"
+DESCRIBED = "A cluster that is not at hand"
 
 
-def _option(name: str, panel: str, flag: str | None = None) -> Any:
+def _option(name: str, panel: str, flag: str | None = None, more: str = "") -> Any:
     """An option of the job with the job's own line of doc; unset means the configuration file's value or the job's own."""
     field = Job.model_fields[name]
     shown = "" if field.default is None or field.is_required() or isinstance(field.default, bool) else f" \\[default: {field.default}]"
-    return typer.Option(flag or "--" + name.replace("_", "-"), help=field.description + shown, rich_help_panel=panel, show_default=False)
+    return typer.Option(flag or "--" + name.replace("_", "-"), help=field.description + more + shown, rich_help_panel=panel, show_default=False)
 
 
 Model = Annotated[str | None, _option("model", MODEL)]
@@ -66,13 +68,31 @@ Config = Annotated[str | None, typer.Option(help="YAML of options; the command l
 Head = Annotated[str, typer.Option("--address", help="Of the cluster's job server: http://HEAD:8265.", rich_help_panel=WHERE)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line.", rich_help_panel=WHERE)]
 
+Gpus = Annotated[int | None, typer.Option(help="Of a cluster that is only described: its GPUs.", rich_help_panel=DESCRIBED)]
+GpuMemory = Annotated[float | None, typer.Option(help="GB of each GPU, as its maker prints them.", rich_help_panel=DESCRIBED)]
+Nodes = Annotated[int | None, typer.Option(help="Machines that share the GPUs evenly. \\[default: 1]", rich_help_panel=DESCRIBED)]
+HostMemory = Annotated[float | None, typer.Option(help="GB of each machine; twice its GPUs' unless given.", rich_help_panel=DESCRIBED)]
+
+AGAIN = " May be given several times."
+Sparsities = Annotated[list[str] | None, _option("sparsity", SPARSITY, more=AGAIN)]
+SomeBits = Annotated[list[int] | None, _option("bits", SPARSITY, more=AGAIN)]
+Clusters = Annotated[list[int] | None, _option("num_clusters", EXPERTS, more=AGAIN)]
+Propagations = Annotated[list[str] | None, _option("propagation", EXPERTS, more=AGAIN)]
+Seeds = Annotated[list[int] | None, _option("seed", DATA, more=AGAIN)]
+SweepDir = Annotated[str | None, typer.Option("--output-dir", help="Of the sweep; each job has a run directory in it. runs/MODEL-sweep unless given.",
+                                              rich_help_panel=WHERE)]
+Lists = Annotated[str | None, typer.Option("--config", help="YAML of options, these and --quantize as lists too; the command line wins.", rich_help_panel=WHERE)]
+
 
 @contextlib.contextmanager
 def _user_errors() -> Iterator[None]:
     try:
         yield
-    except UserError as error:
-        print(f"Error: {error}", file=sys.stderr)
+    except (UserError, OSError, MemoryError) as error:
+        sentence = for_the_user(error, "this machine")
+        if sentence is None:
+            raise
+        print(f"Error: {sentence}", file=sys.stderr)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         print("Stopped; what is finished stays, and the same command goes on.", file=sys.stderr)
@@ -106,6 +126,28 @@ def run(model: Model = None, model_size: ModelSize = None, revision: Revision = 
 
 
 @app.command()
+def plan(model: Model = None, model_size: ModelSize = None, revision: Revision = None, cache_dir: CacheDir = None, dtype: Dtype = None,
+         sparsity: Sparsity = None, quantize: Quantize = None, bits: Bits = None, num_clusters: NumClusters = None,
+         pca_reduction_factor: PcaFactor = None, no_pca: NoPca = None, kmeans_restarts: Restarts = None, propagation: Propagation = None,
+         dataset: Dataset = None, dataset_size: DatasetSize = None, seq_len: SeqLen = None, eval_dataset: EvalDataset = None, eval_size: EvalSize = None,
+         no_dense: NoDense = None, output_dir: OutputDir = None, actors: Actors = None, gpus_per_actor: GpusPerActor = None, threads: Threads = None,
+         address: Address = None, storage: Storage = None, activations: Activations = None, verbose: Verbose = None, config: Config = None,
+         gpus: Gpus = None, gpu_memory: GpuMemory = None, nodes: Nodes = None, host_memory: HostMemory = None, json: Json = False) -> None:
+    """Will a run fit, and how long will it take? From the model's config.json alone: no weights, no text.
+
+    On the cluster at hand, by a short measurement, or on one that is only described: --gpus 8 --gpu-memory 80
+    """
+    options = {name: value for name, value in locals().items() if name in Job.model_fields}
+    with _user_errors():
+        job = make_job(options, config)
+        from actors.planning import Described, plan
+
+        result = plan(job, Described(gpus, gpu_memory, nodes, host_memory))
+        text = result.pop("text")
+        _print(text, result, json)
+
+
+@app.command()
 def demo(output_dir: OutputDir = None, actors: Actors = None, threads: Threads = None, verbose: Verbose = None, json: Json = False) -> None:
     """The whole job on an embedded model, with windows sampled from itself: no network, no text, a minute or two."""
     with _user_errors():
@@ -133,6 +175,31 @@ def evaluate(model: Model = None, model_size: ModelSize = None, revision: Revisi
 
 
 @app.command()
+def sweep(model: Model = None, model_size: ModelSize = None, revision: Revision = None, cache_dir: CacheDir = None, dtype: Dtype = None,
+          sparsity: Sparsities = None, quantize: Quantize = None, bits: SomeBits = None, group_size: GroupSize = None, symmetric: Symmetric = None,
+          mse: Mse = None, num_clusters: Clusters = None, pca_reduction_factor: PcaFactor = None, no_pca: NoPca = None,
+          kmeans_restarts: Restarts = None, propagation: Propagations = None, dataset: Dataset = None, dataset_size: DatasetSize = None,
+          seq_len: SeqLen = None, eval_dataset: EvalDataset = None, eval_size: EvalSize = None, no_dense: NoDense = None, seed: Seeds = None,
+          output_dir: SweepDir = None, resume: Resume = None, actors: Actors = None, gpus_per_actor: GpusPerActor = None, threads: Threads = None,
+          address: Address = None, storage: Storage = None, activations: Activations = None, stall_limit: StallLimit = None,
+          profile: Profile = None, verbose: Verbose = None, config: Lists = None, json: Json = False) -> None:
+    """Run every combination of several sparsities, numbers of experts, ... Ends with a table and a plot. Run again, it goes on.
+
+    sparse-expansion sweep --model pythia --model-size 70m --sparsity 0.5 --sparsity 0.8 --num-clusters 1 --num-clusters 16
+    """
+    options = {name: value for name, value in locals().items() if name in Job.model_fields}
+    with _user_errors():
+        grid = make_grid(options, config)
+        from actors import sweeps
+        from pipeline.sweep import describe_sweep, failed
+
+        result = sweeps.sweep(grid)
+        _print(describe_sweep(result), result, json)
+        if sentences := failed(result):
+            raise UserError(" ".join(sentences))
+
+
+@app.command()
 def status(directory: Annotated[str, typer.Argument(help="A run directory.")], json: Json = False) -> None:
     """What a run directory holds: done, left, time, warnings."""
     with _user_errors():
@@ -152,7 +219,7 @@ def _parsed(command: list[str]) -> dict[str, Any]:
 
 
 @app.command(context_settings={"allow_interspersed_args": False})
-def submit(command: Annotated[list[str], typer.Argument(metavar="COMMAND...", help="run or eval with its options; paths are the cluster's.")],
+def submit(command: Annotated[list[str], typer.Argument(metavar="COMMAND...", help="run, eval or sweep with its options; paths are the cluster's.")],
            address: Head, no_wait: Annotated[bool, typer.Option("--no-wait", help="Print the job's id and leave.")] = False) -> None:
     """Run a command on a Ray cluster. Prints the job's id, then its log, and exits as the job does.
 
@@ -161,7 +228,7 @@ def submit(command: Annotated[list[str], typer.Argument(metavar="COMMAND...", he
     with _user_errors():
         options = _parsed(command)
         config = options.get("config")
-        job = make_job({name: value for name, value in options.items() if name in Job.model_fields}, config)
+        job = make_grid({name: value for name, value in options.items() if name in Job.model_fields}, config)[0]
         from actors import submission
         from actors.secrets import secrets_here
 

@@ -61,6 +61,7 @@ def connected(address: str | None, verbose: bool) -> Iterator[None]:
     # A worker without GPUs must not see all of them.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # of calls that nobody waits for any more, since an actor was lost
     quiet = dict(logging_level=logging.WARNING if verbose else logging.ERROR, log_to_driver=verbose)
     try:
         if address:

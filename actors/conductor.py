@@ -8,7 +8,7 @@ from typing import TypeVar
 from torch import Tensor
 
 from actors.cluster import CrewSize
-from actors.crew import Crew, Lost
+from actors.crew import START, Crew, Lost
 from actors.dense_propagation import DensePropagation
 from actors.evaluation import Evaluation
 from actors.profile import actor_spans
@@ -47,7 +47,7 @@ class Conductor:
     def start(self) -> None:
         """A crew that answers: the kept one, or a new one."""
         with self.clock.timed("start"):
-            self._again_if_lost("start", self.crew.start)
+            self._again_if_lost(START, self.crew.start)
 
     def stop(self) -> None:
         """The end of the job."""
@@ -87,6 +87,8 @@ class Conductor:
             return
         for _, directory in jobs:
             remove_leftovers(directory.path / "layers")
+        for seat in self.crew.seats:
+            seat.block = -1  # its windows may be an earlier job's
         way = DensePropagation if job.propagation == "dense" else SparsePropagation
         stages = way(job, source, architecture, router_shapes(source, architecture), windows, run, self.crew, self.reporter, self.clock, self.driver)
         if job.propagation == "dense":

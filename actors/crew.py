@@ -5,14 +5,12 @@ done again; what an actor says went wrong in its work is the user's to put right
 """
 
 import contextlib
-import errno
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-import torch
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 
 from actors.cluster import CrewSize, capacity, stop_actors
@@ -20,12 +18,13 @@ from actors.layer_shard import LayerShard, Place, Share
 from actors.metrics import Counts
 from actors.progress import Reporter
 from actors.secrets import secrets_here
-from pipeline.errors import UserError
+from pipeline.errors import UserError, for_the_user
 
 PATIENCE = 0.5  # seconds between two looks
+START_SECONDS = 600  # that processes, imports and the first use of a GPU may take
 ANSWER_SECONDS = 20  # in which an actor that computes still says so
+START = "start"
 LOSSES_AT_A_PLACE = 3  # before the job stops
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
 
 
 class Lost(Exception):
@@ -36,7 +35,7 @@ class Lost(Exception):
         self.ranks = ranks
 
 
-@dataclass
+@dataclass(eq=False)
 class Seat:
     """One place in the crew; its actor may be replaced.
 
@@ -75,7 +74,6 @@ class Crew:
     seats: list[Seat] = field(default_factory=list)
     workers: dict[str, int] = field(default_factory=dict)  # rank by Ray's name of the process, of all there ever were
     losses: dict[str, int] = field(default_factory=dict)  # by place
-    spent: list[Counts] = field(default_factory=list)  # counts of actors that are gone
 
     @property
     def devices(self) -> list[str]:
@@ -108,34 +106,40 @@ class Crew:
         if self.kept is not None:
             self.kept[:] = [seat.actor for seat in self.seats]
         new = [seat for seat in self.seats if seat.place is None]
-        places = self.ask([(seat, seat.actor.where.remote()) for seat in new], "start")
+        places = self.ask([(seat, seat.actor.where.remote()) for seat in new], START, watch=self._check_room)
         for seat, place in zip(new, places):
             seat.place = place
             self.workers[place.worker] = seat.rank
 
+    def _check_room(self) -> None:
+        """A node that is gone takes a while to be known as such; an actor meant for it would wait for ever."""
+        if capacity(self.size) < len(self.seats):
+            raise Lost(set(), "a node is gone")
+
     def _is_kept(self, actor) -> bool:
         return self.kept is not None and actor in self.kept
 
-    def recover(self, lost: Lost, where: str) -> bool:
-        """After a loss: new actors. True if they took the seats of the ones that are gone and the others are as they were; False
-        if the whole crew is new. Raises UserError if this goes on and on at one place."""
+    def recover(self, lost: Lost, where: str) -> None:
+        """After a loss: new actors in the seats of those that are gone; or a new crew, if all are gone or Ray has no room for
+        as many. Raises UserError if this goes on and on at one place."""
         while True:
             self.losses[where] = self.losses.get(where, 0) + 1
             if self.losses[where] >= LOSSES_AT_A_PLACE:
                 raise UserError(f"Actors were lost {self.losses[where]} times at the same place ({where}; the last: {_line(lost)}); "
                                 "what is finished stays, and the same command goes on.") from None
             try:
-                return self._recover(lost)
+                self._recover(lost)
+                return
             except Lost as another:
                 lost = another
 
-    def _recover(self, lost: Lost) -> bool:
+    def _recover(self, lost: Lost) -> None:
         names = ", ".join(str(self.seats[rank]) for rank in sorted(lost.ranks)) or "What actors had handed over"
         room = capacity(self.size)
         if lost.ranks and len(lost.ranks) < len(self.seats) and room >= len(self.seats):
             self.reporter.note(f"{_capital(names)} was lost ({_line(lost)}); a new one takes over its share.")
             self.replace(lost.ranks)
-            return True
+            return
         if self.kept is not None:
             self.kept.clear()
         actors = max(1, min(self.size.actors, room))
@@ -143,7 +147,6 @@ class Crew:
         self.reporter.note(f"{_capital(names)} was lost ({_line(lost)}); the crew starts anew,{fewer} and goes on from what is on disk.")
         self.size = self.size.of(actors)
         self.start()
-        return False
 
     def stop(self) -> None:
         """The end of the job."""
@@ -167,7 +170,7 @@ class Crew:
 
     def as_ended(self, waiting: dict[ray.ObjectRef, Seat], where: str, watch: Callable[[], object] = lambda: None) -> Iterator[tuple[Seat, ray.ObjectRef, Any]]:
         """Calls as they end, with their results. More may be put into `waiting` meanwhile."""
-        quiet_since = time.monotonic()
+        quiet_since, limit = time.monotonic(), max(self.limit, START_SECONDS) if where == START else self.limit
         while waiting:
             ended, _ = ray.wait(list(waiting), timeout=PATIENCE)
             for ref in ended:
@@ -176,8 +179,8 @@ class Crew:
                 yield waiting.pop(ref), ref, result
             if not ended:
                 watch()
-            if time.monotonic() - quiet_since > self.limit:
-                self._find_hung(where)
+            if time.monotonic() - quiet_since > limit:
+                self._find_hung(where, limit)
                 quiet_since = time.monotonic()
 
     def take(self, ref: ray.ObjectRef, where: str) -> Any:
@@ -194,15 +197,7 @@ class Crew:
             cause = cause.cause
         if isinstance(cause, (RayActorError, ObjectLostError)) or isinstance(error, (RayActorError, ObjectLostError)):
             return Lost(self._gone(), str(error))
-        if isinstance(cause, UserError):
-            return UserError(str(cause))
-        if _is_out_of_memory(cause):
-            return UserError(f"{_capital(where)}: out of memory ({_line(cause)}); what is finished stays. Give more actors or GPUs, fewer --dataset-size "
-                             "windows, or --activations host or disk, and the same command goes on.")
-        if isinstance(cause, OSError) and cause.errno in DISK_FULL:
-            return UserError(f"{_capital(where)}: {cause.filename or 'a file'} cannot be written: {cause.strerror}; what is finished stays. "
-                             "Make room and the same command goes on.")
-        return error
+        return for_the_user(cause, where) or error
 
     def _gone(self) -> set[int]:
         """Ranks of seats whose actors are dead."""
@@ -217,7 +212,7 @@ class Crew:
         except RayError:
             return "dead"
 
-    def _find_hung(self, where: str) -> None:
+    def _find_hung(self, where: str, limit: float) -> None:
         """Nothing has ended for `limit` seconds. Raises Lost for actors that are stuck; returns if all are waiting their turn."""
         stuck: dict[int, str] = {}
         asked = [(seat, seat.actor.pulse.remote()) for seat in self.seats]
@@ -225,8 +220,10 @@ class Crew:
             answer = self._answer(ref)
             if isinstance(answer, str):
                 stuck[seat.rank] = f"{seat} has not answered for {ANSWER_SECONDS} s" if answer == "silent" else f"{seat} is dead"
-            elif answer.doing and time.time() - answer.since > self.limit:
-                stuck[seat.rank] = f"{seat} has been in {answer.doing} for {time.time() - answer.since:.0f} s"
+            else:
+                for call, since in answer.doing.items():
+                    if time.time() - since > limit:
+                        stuck[seat.rank] = f"{seat} has been in {call} for {time.time() - since:.0f} s"
         if stuck:
             raise Lost(set(stuck), f"{'; '.join(stuck.values())}; --stall-limit is {self.limit:g} s; at {where}")
 
@@ -235,10 +232,6 @@ class Crew:
         with contextlib.suppress(RayError):
             return ray.get([seat.actor.pulse.remote() for seat in self.seats], timeout=ANSWER_SECONDS)
         return []
-
-
-def _is_out_of_memory(cause: BaseException) -> bool:
-    return isinstance(cause, (MemoryError, torch.OutOfMemoryError)) or isinstance(cause, RuntimeError) and "can't allocate memory" in str(cause)
 
 
 def _line(error: BaseException) -> str:

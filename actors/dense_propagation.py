@@ -47,9 +47,9 @@ class DensePropagation(Stages):
             with self.clock.timed("expand"):
                 self._work(stretches)
 
-    def _recover(self, lost: Lost) -> bool:
+    def _recover(self, lost: Lost) -> None:
+        self.crew.recover(lost, self.where)
         self.reader.forget()
-        return self.crew.recover(lost, self.where)
 
     def _flow(self, missing: list[int]) -> list[_Stretch]:
         """Every actor's windows are the inputs of its first block."""
@@ -97,7 +97,8 @@ class DensePropagation(Stages):
                     self._made(next(stretch for stretch in stretches if stretch.seat is seat), result)
                     self._look(stretches, waiting)
             except Lost as lost:
-                if not self._recover(lost):
+                self._recover(lost)
+                if not any(stretch.seat in self.crew.seats for stretch in stretches):
                     return  # a new crew: what is missing is dealt to it
                 self._take_over(stretches, waiting)
 

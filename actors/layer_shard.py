@@ -90,28 +90,33 @@ class Share:
 
 Made = tuple[int, int]  # a block in the making: number of the job (0 where there is one), index of the block
 
-# Files are read and written beside the calls that compute: the next block's weights while this block is solved, a block's
-# shard while the next one goes on. And an actor that computes can always be asked what.
-beside = ray.method(concurrency_group="files")
-aside = ray.method(concurrency_group="pulse")
+def beside(method: Callable) -> Callable:
+    """Of a call that reads or writes files beside those that compute: the next block's weights while this block is solved, a
+    block's shard while the next one goes on."""
 
-
-def computes(method: Callable) -> Callable:
-    """Of a call: what it does is known while it lasts, and where the device is too small for it beside the activations that
-    are kept there, they make room and it is done again."""
+    method = ray.method(concurrency_group="files")(method)  # before it is wrapped: Ray looks inside
 
     @functools.wraps(method)
     def call(self, *args, **kwargs):
-        self.meter.begin(method.__name__)
-        try:
+        with self.meter.during(method.__name__, computes=False):
             return method(self, *args, **kwargs)
-        except torch.OutOfMemoryError:
-            if not self.shelf.spill():
-                raise
-            log.warning("%s: too little GPU memory; activations move to host memory", method.__name__)
-            return method(self, *args, **kwargs)
-        finally:
-            self.meter.end()
+    return call
+
+
+def computes(method: Callable) -> Callable:
+    """Of a call that computes. Where the device is too small for it beside the activations that are kept there, they make
+    room and it is done again."""
+
+    @functools.wraps(method)
+    def call(self, *args, **kwargs):
+        with self.meter.during(method.__name__, computes=True):
+            try:
+                return method(self, *args, **kwargs)
+            except torch.OutOfMemoryError:
+                if not self.shelf.spill():
+                    raise
+                log.warning("%s: too little GPU memory; activations move to host memory", method.__name__)
+                return method(self, *args, **kwargs)
     return call
 
 
@@ -141,7 +146,7 @@ class LayerShard:
             model = False
         return marked is None or marked.is_file() and marked.read_text() == token, model
 
-    @aside
+    @ray.method(concurrency_group="pulse")
     def pulse(self) -> Counts:
         return self.meter.counts
 
@@ -165,7 +170,7 @@ class LayerShard:
         working = working_bytes(job, shape_of(self.model.empty_block, architecture), sum(share.tokens), self.dtype)
         self.shelf = Shelf(self.device, *room(job.activations, self.device, working, host_bytes), folder)
         self.hidden = {number: self._kept_hidden(number, self.model.embed(ids_WL)) for number, ids_WL in share.windows.items()}
-        self.block_at, self.loaded = 0, {}  # for blocks made alone: whose inputs the windows are, dense blocks they pass through
+        self.loaded: dict[int, torch.nn.Module] = {}  # dense blocks for `pass_on`
         self.solved: dict[Made, dict[Task, dict[str, Tensor]]] = {}  # experts by block and task
         self.points: dict[int, Tensor] = {}
 
@@ -189,7 +194,7 @@ class LayerShard:
     @computes
     def capture(self, index: int, weights: dict) -> None:
         log.info("layer %d: capturing %d window groups", index, len(self.hidden))
-        self.solved[0, index], self.through = {}, set()
+        self.solved[0, index] = {}
         self._capture(index, weights)
 
     def _capture(self, index: int, weights: dict | None) -> None:
@@ -312,7 +317,7 @@ class LayerShard:
     def propagate(self, index: int, tasks: list[Task], *elsewhere: dict) -> None:
         """Send this actor's windows through the experts: the next block's inputs."""
         weights = self._weights((0, index), tasks, elsewhere, self.device)
-        propagate(self.model, self.block, index, self.hidden, self.architecture, weights, self.labels, self.captured.attention, self.through)
+        propagate(self.model, self.block, index, self.hidden, self.architecture, weights, self.labels, self.captured.attention)
 
     @computes
     def replay(self, storage: Storage, index: int, weights: dict, shard: tuple[dict, list] | None) -> None:
@@ -344,18 +349,21 @@ class LayerShard:
     @ray.method(num_returns=2)
     def pass_on(self, number: int, first: int, entering: Wire | None) -> tuple[Wire | None, None]:
         """Keep a window group's hidden states as they enter block `first` (`entering`: as the actor before this one left them;
-        None: as embedded) and hand on what they become in the loaded blocks. The second result only says that it is done."""
+        None: as embedded) and hand on what they become in the loaded blocks; None without any. The second result only says that it is done."""
         kept = self.hidden[number]
         if entering is not None:
             kept.tensor.copy_(unpack(entering, self.device))
-        hidden_WLH = kept.tensor
+            kept.at = first
         for index, block in self.loaded.items():
             if index < first:  # before its own blocks begin
-                kept.tensor.copy_(self.model.run(block, index, hidden_WLH))
-                hidden_WLH = kept.tensor
-            else:
-                hidden_WLH = self.model.run(block, index, hidden_WLH)
-        self.block_at = first
+                advance(self.model, block, index, {number: kept})
+        assert kept.at == first, "windows are at another block"
+        onwards = [(index, block) for index, block in self.loaded.items() if index >= first]
+        if not onwards:
+            return None, None
+        hidden_WLH = kept.tensor
+        for index, block in onwards:
+            hidden_WLH = self.model.run(block, index, hidden_WLH)
         return self._send(hidden_WLH), None
 
     @computes
@@ -369,10 +377,9 @@ class LayerShard:
         clock = Clock()
         with clock.timed("advance"):
             for number, tensors in zip(between, found):
-                if number >= self.block_at:
+                if any(kept.at == number for kept in self.hidden.values()):
                     advance(self.model, self.model.load_block(number, tensors), number, self.hidden)
-                    self.block_at = number + 1
-        assert self.block_at == index, "windows are at another block"
+        assert all(kept.at == index for kept in self.hidden.values()), "windows are at another block"
         with clock.timed("capture"):
             self._capture(index, found[-1])
             self.meter.add("tokens", sum(self.share.sizes))

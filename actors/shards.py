@@ -30,6 +30,7 @@ class Writing:
     experts: list[ray.ObjectRef | None]
     reports: list[dict]
     seconds: dict[str, float] = field(default_factory=dict)
+    writer: Seat | None = None
     written: ray.ObjectRef | Future | None = None
 
     @property
@@ -38,6 +39,7 @@ class Writing:
 
     def begin(self, writer: Seat, driver: ThreadPoolExecutor) -> None:
         """Write it: by the actor `writer`, or by the driver if that one does not see where to."""
+        self.writer = writer
         if writer.sees_run:
             elsewhere = [experts for experts, solver in zip(self.experts, self.solvers) if solver is not writer]
             self.written = writer.actor.write.remote(self.run.storage, self.made, self.fitted, self.tasks, *elsewhere)
@@ -57,7 +59,7 @@ class Writing:
                 return self.written.result()
             except (RayError, OSError) as error:
                 raise crew.translated(error, where) from None
-        return crew.take(self.written, where)
+        return crew.ask([(self.writer, self.written)], where)[0]
 
     def again(self, crew: Crew, driver: ThreadPoolExecutor) -> None:
         """Its writer was lost: another actor writes it, if everybody's experts were handed over. Raises Lost if some are gone."""

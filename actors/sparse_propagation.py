@@ -48,7 +48,7 @@ class SparsePropagation(Stages):
             try:
                 for index in missing:
                     self._expand(_Block(index), missing)
-                self.record(wait=True)
+                self._finish()
             except _StartOver:
                 self.writing = None
                 for seat in self.crew.seats:
@@ -67,16 +67,18 @@ class SparsePropagation(Stages):
             except Lost as lost:
                 self._recover(lost, block)
 
+    def _finish(self) -> None:
+        try:
+            self.record(wait=True)
+        except Lost as lost:
+            self._recover(lost, _Block(self.source.num_blocks))
+
     def _recover(self, lost: Lost, block: _Block) -> None:
-        gone = [seat.rank for seat in self.crew.seats if seat.rank in lost.ranks]
-        others = self.crew.recover(lost, self.where)
+        self.crew.recover(lost, self.where)
         self.reader.forget()
-        if not others:
-            if self.writing is not None:
-                self._save_or_start_over()
-            block.fitted, block.tasks, block.solved = {}, [], {}
-            return
-        block.solved = {task: (seat, reports) for task, (seat, reports) in block.solved.items() if seat.rank not in gone}
+        block.solved = {task: (seat, reports) for task, (seat, reports) in block.solved.items() if seat in self.crew.seats}
+        if len(block.tasks) != len(self.crew.seats):
+            block.tasks = []  # dealt anew
         if self.writing is not None:
             self._save_or_start_over()
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import ray
 
 from actors.cluster import host_bytes
-from actors.crew import Call, Crew, Seat
+from actors.crew import START, Call, Crew, Seat
 from actors.layer_shard import Share
 from actors.model_reader import ModelReader
 from actors.progress import Reporter
@@ -42,7 +42,7 @@ class Stages:
     def __post_init__(self):
         self.reader = ModelReader(self.crew, self.source.directory, self.source.num_blocks, self.driver)
         self.writing: Writing | None = None
-        self.where = "start"
+        self.where = START
 
     @property
     def device_type(self) -> str:
@@ -81,7 +81,7 @@ class Stages:
 
     def begin(self, shares: Sequence[tuple[Seat, Share]]) -> None:
         """Hand calibration windows over to new actors."""
-        self.where = "start"
+        self.where = START
         look(self.crew, [seat for seat, _ in shares], self.run, self.source.directory, self.source.fingerprint)
         with self.clock.timed("start"):
             self.ask([(seat, seat.actor.warm_up.remote(self.job)) for seat, _ in shares])
@@ -132,6 +132,6 @@ class Stages:
 def look(crew: Crew, seats: Sequence[Seat], run: RunDirectory | None, directory: Path, fingerprint: str) -> None:
     """Which of these actors see the run directory (if there is one), and the model's files?"""
     mark, token = (run.mark, run.token) if run else (None, "")
-    seen = crew.ask([(seat, seat.actor.sees.remote(mark, token, directory, fingerprint)) for seat in seats], "start")
+    seen = crew.ask([(seat, seat.actor.sees.remote(mark, token, directory, fingerprint)) for seat in seats], START)
     for seat, found in zip(seats, seen):
         seat.sees_run, seat.sees_model = found

@@ -26,10 +26,11 @@ def room(place: str, device: torch.device, working: int, host_bytes: float) -> t
 
 
 class Kept:
-    """A tensor that `Shelf.spill` may move. `tensor`: where it lies now."""
+    """A tensor that `Shelf.spill` may move. tensor: where it lies now. at: of hidden states, the block that they are to enter, so
+    that a call which is made again, since another actor failed, does not send them through twice."""
 
-    def __init__(self, tensor: Tensor, place: str = DEVICE):
-        self.tensor, self.place = tensor, place
+    def __init__(self, tensor: Tensor, place: str = DEVICE, at: int = 0):
+        self.tensor, self.place, self.at = tensor, place, at
 
     def __len__(self) -> int:
         return len(self.tensor)

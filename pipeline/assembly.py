@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from pipeline import modeling_sparse_expansion
 from pipeline.blocks import BlockwiseModel
-from pipeline.files import MARK, sha256
+from pipeline.files import MARK, save_tensors, sha256
 from pipeline.modeling_sparse_expansion import SparseExpansionConfig
 from pipeline.storage import Storage
 
@@ -50,7 +49,7 @@ def assemble(assembly: Assembly, target: Path, advance: Callable[[int], object])
     def write(number: int, tensors: dict[str, torch.Tensor]) -> None:
         nonlocal total
         name = f"model-{number:05d}-of-{files:05d}.safetensors"
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, temporary / name, metadata={"format": "pt"})
+        save_tensors(tensors, temporary / name, {"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, name))
         total += sum(tensor.nbytes for tensor in tensors.values())
 

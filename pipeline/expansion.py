@@ -212,29 +212,30 @@ def routed_block(block: nn.Module, architecture: Architecture, weights: dict[str
 
 
 def propagate(model: BlockwiseModel, block: nn.Module, index: int, hidden: dict[int, Kept], architecture: Architecture,
-              weights: dict[str, Tensor], labels: list[Tensor], attention: dict[int, Kept] | None = None, through: set[int] | None = None) -> None:
-    """Replace every window group of `hidden` by the output of the block with its experts.
+              weights: dict[str, Tensor], labels: list[Tensor], attention: dict[int, Kept] | None = None) -> None:
+    """Replace every window group of `hidden` that is at this block by the output of the block with its experts.
 
     labels: for each router the expert (N) of all these tokens, in window order. attention: `Captured.attention`, where the
-    block has been captured on the same inputs. through: the groups that are through already; it grows, so that a call that
-    failed half-way can be made again.
+    block has been captured on the same inputs.
     """
     routed, routers = routed_block(block, architecture, weights)
-    through, done = set() if through is None else through, 0
+    done = 0
     for number, kept in hidden.items():
         tokens = kept.tensor.shape[:2].numel()
-        if number not in through:
+        if kept.at == index:
             for router, labels_N in zip(routers, labels):
                 router.labels_N = labels_N[done:done + tokens].long()
             if attention is not None:
                 known = attention[number].tensor.to(model.device)
                 routed.get_submodule(architecture.attention).forward = lambda *_, known=known, **__: (known, None)
             kept.tensor.copy_(model.run(routed, index, kept.tensor))
-            through.add(number)
+            kept.at = index + 1
         done += tokens
 
 
 def advance(model: BlockwiseModel, block: nn.Module, index: int, hidden: dict[int, Kept]) -> None:
-    """Replace every window group of `hidden` by the output of the dense block."""
+    """Replace every window group of `hidden` that is at this block by the output of the dense block."""
     for kept in hidden.values():
-        kept.tensor.copy_(model.run(block, index, kept.tensor))
+        if kept.at == index:
+            kept.tensor.copy_(model.run(block, index, kept.tensor))
+            kept.at = index + 1

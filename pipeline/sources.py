@@ -7,11 +7,10 @@ from pathlib import Path
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
-from safetensors.torch import save_file
 
 from pipeline.demo import DEMO_MODEL
 from pipeline.errors import UserError
-from pipeline.files import replacing
+from pipeline.files import replacing, save_tensors
 
 PYTHIA_SIZES = ("14m", "31m", "70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b")
 PYTHIA_REVISION = "step143000"
@@ -82,7 +81,7 @@ def _convert(directory: Path) -> None:
         tensors = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
         target = directory / source.name.replace("pytorch_model", "model").replace(".bin", ".safetensors")
         with replacing(target) as temporary:
-            save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, temporary)
+            save_tensors({name: tensor.clone() for name, tensor in tensors.items()}, temporary, {"format": "pt"})
         weight_map |= dict.fromkeys(tensors, target.name)
     if len(set(weight_map.values())) > 1:
         index = directory / "model.safetensors.index.json"

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.files import replacing, sha256
+from pipeline.files import replacing, save_tensors, sha256
 
 FORMAT = 1
 FOLDER = "layers"
@@ -31,12 +31,12 @@ class Storage:
 
     def write(self, index: int, tensors: dict[str, Tensor]) -> str:
         """Write a layer's tensors, whole or not at all; returns the file's SHA-256. The same tensors give the same bytes."""
-        tensors = {name: tensors[name].cpu().contiguous() for name in sorted(tensors)}
+        tensors = {name: tensors[name].cpu() for name in sorted(tensors)}
         metadata = {"format": str(FORMAT)}
         if self.is_remote:
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder) / "shard"
-                save_file(tensors, file, metadata)
+                save_tensors(tensors, file, metadata)
                 filesystem, path = self._remote(index)
                 filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
                 filesystem.put_file(str(file), path)
@@ -44,7 +44,7 @@ class Storage:
         path = Path(self.path(index))
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
-            save_file(tensors, temporary, metadata)
+            save_tensors(tensors, temporary, metadata)
             return sha256(temporary)
 
     def read(self, index: int) -> tuple[dict[str, Tensor], list[Tensor]]:

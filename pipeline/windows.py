@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.files import sha256
+from pipeline.files import save_tensors, sha256
 from pipeline.texts import Text, read_text
 
 TOKENS_PER_GROUP = {"cpu": 4096, "cuda": 16384}  # windows run through a block in groups of about this many tokens
@@ -48,7 +47,7 @@ class Windows:
         return hashlib.sha256(shape + self.ids_WL.contiguous().numpy().tobytes()).hexdigest()
 
     def save(self, path: Path) -> None:
-        save_file({"ids": self.ids_WL.contiguous()}, path, metadata={"source": self.source})
+        save_tensors({"ids": self.ids_WL}, path, {"source": self.source})
 
     @classmethod
     def load(cls, path: Path) -> "Windows":
