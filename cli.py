@@ -200,13 +200,14 @@ def sweep(model: Model = None, model_size: ModelSize = None, revision: Revision 
 
 
 @app.command()
-def status(directory: Annotated[str, typer.Argument(help="A run directory.")], json: Json = False) -> None:
-    """What a run directory holds: done, left, time, warnings."""
+def status(directory: Annotated[str, typer.Argument(help="A run directory.")],
+           watch: Annotated[bool, typer.Option("--watch", help="Print it again whenever it changes, until the job ends.")] = False, json: Json = False) -> None:
+    """What a run directory holds: done, left, time, warnings; and where a running job is."""
     with _user_errors():
-        from pipeline.summary import describe_status, read_status
+        from pipeline.summary import describe_status, read_status, watch_status
 
-        result = read_status(directory)
-        _print(describe_status(result), result, json)
+        for result in watch_status(directory) if watch else [read_status(directory)]:
+            _print(describe_status(result), result, json)
 
 
 def _parsed(command: list[str]) -> dict[str, Any]:

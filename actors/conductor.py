@@ -1,5 +1,6 @@
 """The driver's part of a job: a crew of actors, and what it does stage by stage. What is left on disk decides what runs next."""
 
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +12,7 @@ from actors.cluster import CrewSize
 from actors.crew import START, Crew, Lost
 from actors.dense_propagation import DensePropagation
 from actors.evaluation import Evaluation
+from actors.metrics import usage
 from actors.profile import actor_spans
 from actors.progress import Reporter
 from actors.sparse_propagation import SparsePropagation
@@ -31,13 +33,14 @@ T = TypeVar("T")
 
 
 class Conductor:
-    """Runs jobs over a crew of actors. `clock` has the seconds by stage. kept: see `Crew`."""
+    """Runs jobs over a crew of actors. `clock` has the seconds by stage. stall_limit: `Crew.limit`."""
 
-    def __init__(self, size: CrewSize, dtype: str, reporter: Reporter, verbose: bool = False, stall_limit: float = 1800, kept: list | None = None):
+    def __init__(self, size: CrewSize, dtype: str, reporter: Reporter, verbose: bool = False, stall_limit: float = 1800):
         self.dtype, self.reporter = dtype, reporter
         self.clock = Clock()
-        self.crew = Crew(size, dtype, reporter, verbose, stall_limit, kept)
+        self.crew = Crew(size, dtype, reporter, verbose, stall_limit)
         self.driver = ThreadPoolExecutor(1, "driver's files")  # reads and writes for actors that do not see the files
+        self.usage: dict = {}  # of the last expansion
         self.known: dict = {}  # routers of the first block: jobs that follow may use them
 
     @property
@@ -45,7 +48,7 @@ class Conductor:
         return self.crew.devices
 
     def start(self) -> None:
-        """A crew that answers: the kept one, or a new one."""
+        """A crew that answers."""
         with self.clock.timed("start"):
             self._again_if_lost(START, self.crew.start)
 
@@ -91,10 +94,12 @@ class Conductor:
             seat.block = -1  # its windows may be an earlier job's
         way = DensePropagation if job.propagation == "dense" else SparsePropagation
         stages = way(job, source, architecture, router_shapes(source, architecture), windows, run, self.crew, self.reporter, self.clock, self.driver)
+        before, start = self.crew.counts(), time.monotonic()
         if job.propagation == "dense":
             stages.expand(jobs)
         else:
             stages.expand(self.known)
+        self.usage = usage(before, self.crew.counts(), time.monotonic() - start)
 
     def assemble(self, job: Job, source: Source, architecture: Architecture, storage: Storage, target: Path) -> dict[str, str]:
         """Make the saved model from all layers, on the driver's machine; returns its files' hashes."""

@@ -62,15 +62,13 @@ Call = tuple[Seat, ray.ObjectRef]
 
 @dataclass
 class Crew:
-    """`limit`: seconds after which a call that has not ended counts as hung. kept: actors of an earlier job to go on with,
-    and where a later one finds them; None: they end with the job."""
+    """`limit`: seconds after which a call that has not ended counts as hung."""
 
     size: CrewSize
     dtype: str
     reporter: Reporter
     verbose: bool = False
     limit: float = 1800
-    kept: list | None = None
     seats: list[Seat] = field(default_factory=list)
     workers: dict[str, int] = field(default_factory=dict)  # rank by Ray's name of the process, of all there ever were
     losses: dict[str, int] = field(default_factory=dict)  # by place
@@ -83,9 +81,8 @@ class Crew:
 
     def start(self) -> None:
         """All seats anew."""
-        stop_actors([seat.actor for seat in self.seats if seat.actor is not None and not self._is_kept(seat.actor)])
-        old = list(self.kept or [])
-        self.seats = [Seat(rank, old[rank] if rank < len(old) else None) for rank in range(self.size.actors)]
+        self.stop()
+        self.seats = [Seat(rank) for rank in range(self.size.actors)]
         self._fill()
 
     def replace(self, ranks: set[int]) -> None:
@@ -103,8 +100,6 @@ class Crew:
                 seat.actor = LayerShard.options(**options).remote(seat.rank, self.size.threads, self.dtype, self.verbose, self.size.gpus)
                 if secrets:
                     seat.actor.environ.remote(secrets)
-        if self.kept is not None:
-            self.kept[:] = [seat.actor for seat in self.seats]
         new = [seat for seat in self.seats if seat.place is None]
         places = self.ask([(seat, seat.actor.where.remote()) for seat in new], START, watch=self._check_room)
         for seat, place in zip(new, places):
@@ -115,9 +110,6 @@ class Crew:
         """A node that is gone takes a while to be known as such; an actor meant for it would wait for ever."""
         if capacity(self.size) < len(self.seats):
             raise Lost(set(), "a node is gone")
-
-    def _is_kept(self, actor) -> bool:
-        return self.kept is not None and actor in self.kept
 
     def recover(self, lost: Lost, where: str) -> None:
         """After a loss: new actors in the seats of those that are gone; or a new crew, if all are gone or Ray has no room for
@@ -140,8 +132,6 @@ class Crew:
             self.reporter.note(f"{_capital(names)} was lost ({_line(lost)}); a new one takes over its share.")
             self.replace(lost.ranks)
             return
-        if self.kept is not None:
-            self.kept.clear()
         actors = max(1, min(self.size.actors, room))
         fewer = f" {actors} of {self.size.actors}, since Ray has room for no more," if actors < self.size.actors else ""
         self.reporter.note(f"{_capital(names)} was lost ({_line(lost)}); the crew starts anew,{fewer} and goes on from what is on disk.")
@@ -150,8 +140,7 @@ class Crew:
 
     def stop(self) -> None:
         """The end of the job."""
-        if self.kept is None:
-            stop_actors([seat.actor for seat in self.seats if seat.actor is not None])
+        stop_actors([seat.actor for seat in self.seats if seat.actor is not None])
 
     # Asking
 

@@ -1,148 +1,40 @@
 """Whole jobs, from options to result: what the commands of the CLI call."""
 
+import contextlib
 import time
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from actors.cluster import check_address, connected, size_crew
 from actors.progress import EVALUATION_COST, Bar
 from pipeline import preflight, statistics
-from pipeline.architectures import Architecture
 from pipeline.card import write_card
-from pipeline.checkpoint import RunDirectory, check_directory
-from pipeline.config import Job, digest
+from pipeline.checkpoint import PROGRESS, RunDirectory, windows_file
+from pipeline.config import Job
 from pipeline.errors import UserError
 from pipeline.files import replacing
-from pipeline.perplexity import Perplexity
 from pipeline.preflight import Source
+from pipeline.prepared import Prepared, prepare, read_or_sampled, sampled_source
 from pipeline.storage import Storage
-from pipeline.windows import Request, Windows, read_windows
+from pipeline.windows import Request, Windows
 
 if TYPE_CHECKING:
     from actors.conductor import Conductor
 
+# Of a job as a whole; the others are recorded with each layer.
+STAGES = ("sample", "assemble", "evaluate expanded", "evaluate dense", "start", "embed", "replay", "dense pass", "prepare")
+WHOLE = "whole"
 
-def run(job: Job, kept: list | None = None) -> dict:
-    """Expand, save and evaluate a model. Returns what `--json` prints. Raises UserError for what the user can put right.
 
-    kept: actors that outlive the job, for the next one of the same device, dtype and threads; the caller stops them.
-    """
+def run(job: Job) -> dict:
+    """Expand, save and evaluate a model. Returns what `--json` prints. Raises UserError for what the user can put right."""
     started = time.monotonic()
-    check_directory(job.run_directory, job.recipe(), job.resume)
     check_address(job.address)
-    source = preflight.find_model(job.model, job.model_size, job.revision, job.cache_dir)
-    architecture = preflight.check_shapes(job, source)
-    reading = time.monotonic()
-    calibration = _read(preflight.calibration_request(job, source), source)
-    request = preflight.evaluation_request(job, source, calibration.length)
-    evaluation = request and _read(request, source)
-    for windows, option in ((calibration, "--dataset"), (evaluation, "--eval-dataset")):
-        if isinstance(windows, Windows):
-            preflight.check_windows(windows.length, source, option)
-    preflight.check_clusters(job, calibration.count * calibration.length)
-    reading = time.monotonic() - reading
-    identity = {"model": source.fingerprint[:16], "calibration": calibration.digest()[:16]} | job.recipe() | ({} if job.dtype == "auto" else {"dtype": job.dtype}) | ({"storage": job.storage} if job.storage else {})
-    check_directory(job.run_directory, identity, job.resume)
-    with _opened(job) as directory, connected(job.address, job.verbose):
-        from actors.conductor import Conductor  # `connected` has loaded it, and with it all that computes
-
-        crew = size_crew(job.actors, job.threads, job.gpus_per_actor)
-        dtype = job.dtype_on("cuda" if crew.gpus else "cpu", source.checkpoint_dtype)
-        bar = Bar(source.num_blocks * (1.0 + EVALUATION_COST * (evaluation is not None) * (2 - job.no_dense)), job.verbose)
-        conductor = Conductor(crew, dtype, bar, job.verbose, job.stall_limit, kept)
-        conductor.clock.seconds["windows"] = reading
-        try:
-            bar.stage("start", crew.described())
-            conductor.start()
-            result = _Run(job, source, architecture, directory, conductor, bar).finish(identity | {"dtype": dtype}, calibration, evaluation, started)
-            if job.profile:
-                result |= {"profile_dir": str(directory.path / "profile"), "profile": conductor.profile(directory.path / "profile")}
-            return result
-        finally:
-            conductor.stop()
-            bar.close()
-
-
-@dataclass
-class _Run:
-    job: Job
-    source: Source
-    architecture: Architecture
-    directory: RunDirectory
-    conductor: "Conductor"
-    bar: Bar
-
-    def finish(self, identity: dict, calibration: Windows | Request, evaluation: Windows | Request | None, started: float) -> dict:
-        job, source, run, conductor = self.job, self.source, self.directory, self.conductor
-        for warning in run.open_job(identity, source.num_blocks, job.resume):
-            self.bar.note(warning)
-        with replacing(run.path / "config.yaml") as temporary:
-            temporary.write_text(job.to_yaml())
-        calibration = self._settled(calibration, "calibration")
-        evaluation = evaluation and self._settled(evaluation, "evaluation")
-        done = source.num_blocks - len(run.missing_layers())
-        self.bar.advance(done)
-        conductor.expand([(job, run)], source, self.architecture, calibration)
-        layers = run.manifest["layers"]
-        statistics.write_expert_table(layers, run.path / "stats" / "experts.parquet")
-        if "model" not in run.manifest:
-            run.manifest["model"] = conductor.assemble(job, source, self.architecture, run.storage, run.model)
-            run.save()
-        # The shards' hashes name the expanded model: an evaluation is reused only for the very same experts.
-        made = digest({index: layer["sha256"] for index, layer in layers.items()})
-        expanded = evaluation and self._evaluated("expanded", made, run.model, evaluation)
-        dense = None if job.no_dense or not evaluation else self._evaluated("dense", source.fingerprint, source.directory, evaluation)
-        for stage in ("sample", "assemble", "evaluate expanded", "evaluate dense", "start", "embed", "replay", "dense pass", "windows"):
-            run.add_seconds(stage, conductor.clock.seconds.get(stage, 0.0))
-        run.manifest["finished"] = True
-        run.save()
-        result = self._result(calibration, expanded, dense, done) | {"seconds": round(time.monotonic() - started, 3)}
-        write_card(run.model, Path(source.name).name, source.described(), result)
-        return result
-
-    def _settled(self, windows: Windows | Request, kind: str) -> Windows:
-        """The windows as they now lie in the run directory. What could not be read is sampled from the model, unless it lies
-        there already."""
-        path = self.directory.windows / f"{kind}.safetensors"
-        if isinstance(windows, Request):
-            if path.is_file():
-                stored = Windows.load(path)
-                if stored.source == _sampled_source(windows, self.source, self.conductor) and stored.ids_WL.shape == (windows.count, windows.length):
-                    return stored
-            windows = _sample(windows, self.source, self.conductor)
-        path.parent.mkdir(exist_ok=True)
-        with replacing(path) as temporary:
-            windows.save(temporary)
-        return windows
-
-    def _evaluated(self, what: str, which: str, directory: Path, windows: Windows) -> Perplexity:
-        key = digest({"what": what, "which": which, "windows": windows.digest(), "dtype": self.conductor.dtype})
-        stored = self.directory.manifest["evaluations"].get(key)
-        if stored is None:
-            measured = self.conductor.evaluate(what, directory, windows, self.source.num_blocks, self.directory)
-            stored = self.directory.manifest["evaluations"][key] = {"what": what, **measured.as_dict()}
-            self.directory.save()
-        return Perplexity(**{name: value for name, value in stored.items() if name != "what"})
-
-    def _result(self, calibration: Windows, expanded: Perplexity | None, dense: Perplexity | None, resumed: int) -> dict:
-        run = self.directory
-        reports = [report for layer in run.manifest["layers"].values() for report in layer["experts"]]
-        shares = [share for report in reports for share in report["sparsity"].values()]
-        return {
-            "perplexity": expanded and expanded.perplexity, "dense_perplexity": dense and dense.perplexity,
-            "windows": expanded and expanded.windows, "window_length": expanded and expanded.window_length,
-            "measured_on": expanded and expanded.described(),
-            "calibrated_on": f"{calibration.source}, {calibration.count} windows of {calibration.length} tokens",
-            "model": self.source.described(), "sparsity": self.job.sparsity, "num_clusters": self.job.num_clusters,
-            "measured_sparsity": sum(shares) / len(shares), "recipe": self.job.recipe(), "dtype": self.conductor.dtype,
-            "model_dir": str(run.model), "run_dir": str(run.path),
-            "model_bytes": sum(file.stat().st_size for file in run.model.glob("*.safetensors")),
-            "dense_bytes": sum(file.stat().st_size for file in self.source.directory.glob("*.safetensors")),
-            "layers_resumed": resumed, "actors": self.conductor.crew.size.actors, "devices": self.conductor.devices,
-            "warnings": statistics.warnings_of(run.manifest["layers"]),
-            "seconds_by_stage": {stage: round(seconds, 3) for stage, seconds in self.conductor.clock.seconds.items()},
-        }
+    prepared = prepare([job])
+    with performing([prepared], started) as performer:
+        [result] = performer.perform(prepared)
+        return result | (performer.profile(job.run_directory) if job.profile else {})
 
 
 def evaluate(job: Job) -> dict:
@@ -152,32 +44,53 @@ def evaluate(job: Job) -> dict:
         raise UserError("--eval-dataset is none, but eval does nothing else; give a data set.")
     check_address(job.address)
     source = preflight.find_model(job.model, job.model_size, job.revision, job.cache_dir)
-    windows = _read(preflight.evaluation_request(job, source, None), source)
-    if isinstance(windows, Windows):
-        preflight.check_windows(windows.length, source, "--eval-dataset")
+    windows = read_or_sampled(preflight.evaluation_request(job, source, None), source)
+    with conducted(job, source, source.num_blocks * EVALUATION_COST) as conductor:
+        if isinstance(windows, Request):
+            windows = _sample(windows, source, conductor)
+        measured = conductor.evaluate("expanded" if source.is_expanded else "dense", source.directory, windows, source.num_blocks)
+    return {
+        "perplexity": measured.perplexity, "dense_perplexity": None if source.is_expanded else measured.perplexity,
+        "windows": measured.windows, "window_length": measured.window_length, "measured_on": measured.described(),
+        "model": source.described(), "dtype": conductor.dtype, "model_dir": str(source.directory), "devices": conductor.devices,
+        "seconds_by_stage": {stage: round(seconds, 3) for stage, seconds in conductor.clock.seconds.items()},
+        "seconds": round(time.monotonic() - started, 3),
+    }
+
+
+@contextlib.contextmanager
+def conducted(job: Job, source: Source, steps: float) -> Iterator["Conductor"]:
+    """A conductor with its crew, on Ray, for as long as this lasts. steps: of the bar."""
     with connected(job.address, job.verbose):
         from actors.conductor import Conductor  # `connected` has loaded it, and with it all that computes
 
         crew = size_crew(job.actors, job.threads, job.gpus_per_actor)
         dtype = job.dtype_on("cuda" if crew.gpus else "cpu", source.checkpoint_dtype)
-        bar = Bar(source.num_blocks * EVALUATION_COST, job.verbose)
+        bar = Bar(steps, job.verbose)
         conductor = Conductor(crew, dtype, bar, job.verbose, job.stall_limit)
         try:
-            bar.stage("start")
+            bar.stage("start", crew.described())
             conductor.start()
-            if isinstance(windows, Request):
-                windows = _sample(windows, source, conductor)
-            measured = conductor.evaluate("expanded" if source.is_expanded else "dense", source.directory, windows, source.num_blocks)
+            yield conductor
         finally:
             conductor.stop()
             bar.close()
-    return {
-        "perplexity": measured.perplexity, "dense_perplexity": None if source.is_expanded else measured.perplexity,
-        "windows": measured.windows, "window_length": measured.window_length, "measured_on": measured.described(),
-        "model": source.described(), "dtype": dtype, "model_dir": str(source.directory), "devices": conductor.devices,
-        "seconds_by_stage": {stage: round(seconds, 3) for stage, seconds in conductor.clock.seconds.items()},
-        "seconds": round(time.monotonic() - started, 3),
-    }
+
+
+@contextlib.contextmanager
+def performing(groups: Sequence[Sequence[Prepared]], started: float) -> Iterator["Performer"]:
+    """Their run directories locked, and a crew for all of them. groups: jobs of one model, as they are to be performed.
+    started: when they began to be prepared, by the monotonic clock."""
+    preparing = time.monotonic() - started
+    everyone = [one for group in groups for one in group]
+    with contextlib.ExitStack() as stack:
+        directories = {one.job.run_directory: stack.enter_context(_opened(one.job)) for one in everyone}
+        with conducted(everyone[0].job, everyone[0].source, _steps(groups)) as conductor:
+            from actors.planning import check_fits  # as above
+
+            check_fits(everyone, conductor.crew.size, conductor.dtype)
+            conductor.clock.seconds["prepare"] = preparing
+            yield Performer(conductor, directories, started)
 
 
 def _opened(job: Job) -> RunDirectory:
@@ -187,16 +100,111 @@ def _opened(job: Job) -> RunDirectory:
     return RunDirectory(job.run_directory, storage)
 
 
-def _read(request: Request, source: Source) -> Windows | Request:
-    """The windows, or the request itself where only the model can make them."""
-    if request.name == "self":
-        return request
-    return read_windows(request, source.tokenizer, source.text_config.vocab_size)
+def _steps(groups: Sequence[Sequence[Prepared]]) -> float:
+    """Of the bar: a block of one job is one; of jobs together, most of it is done once. The dense model is judged once on the same windows."""
+    everyone = [one for group in groups for one in group]
+    judged = [one for one in everyone if one.evaluation is not None]
+    dense = {one.evaluation.digest() for one in judged if not one.job.no_dense}
+    return everyone[0].source.num_blocks * (sum(0.9 + 0.1 * len(group) for group in groups) + EVALUATION_COST * (len(judged) + len(dense)))
 
 
-def _sampled_source(request: Request, source: Source, conductor: "Conductor") -> str:
-    return f"self: sampled from the model, seed {request.seed} (model {source.fingerprint[:12]}, {conductor.dtype})"
+class Performer:
+    """Takes jobs of one model from their windows to their results, over one crew. What it has sampled or measured for one job serves the others.
+
+    `evaluations`: by key, as manifests hold them.
+    """
+
+    def __init__(self, conductor: "Conductor", directories: dict[Path, RunDirectory], started: float):
+        self.conductor, self.directories = conductor, directories
+        self.sampled: dict[Request, Windows] = {}
+        self.evaluations: dict[str, dict] = {}
+        self._started, self._counted = started, {}
+
+    def perform(self, group: Sequence[Prepared]) -> list[dict]:
+        """Expand, save and evaluate; returns what `run --json` prints. Several together are of dense propagation and the same windows."""
+        first, conductor = group[0], self.conductor
+        conductor.reporter.path = first.job.run_directory / PROGRESS
+        conductor.crew.losses.clear()  # that many at the same place of one job are too many, not of all
+        runs = [self.directories[one.job.run_directory] for one in group]
+        windows = [self._open(one, run) for one, run in zip(group, runs)]
+        resumed = [one.source.num_blocks - len(run.missing_layers()) for one, run in zip(group, runs)]
+        conductor.reporter.advance(sum(resumed) / len(group))
+        if left := [(one.job, run) for one, run in zip(group, runs) if run.missing_layers()]:
+            conductor.expand(left, first.source, first.architecture, windows[0][0])
+        shared = self.spent(len(group))
+        return [self._finish(one, run, evaluation, shared) | {"layers_resumed": done}
+                for one, run, (_, evaluation), done in zip(group, runs, windows, resumed)]
+
+    def start_over(self) -> None:
+        """After jobs that failed: actors that hold nothing of them, nor do the seconds of those that follow."""
+        self.conductor.start()
+        self.spent()
+
+    def profile(self, directory: Path) -> dict:
+        """Write where the time of all jobs went."""
+        return {"profile_dir": str(directory / "profile"), "profile": self.conductor.profile(directory / "profile")}
+
+    def spent(self, jobs: int = 1) -> dict[str, float]:
+        """Seconds by stage since it was last asked, and all of them as `WHOLE`: what each of so many jobs is charged with."""
+        now = {WHOLE: time.monotonic() - self._started, **self.conductor.clock.seconds}
+        spent = {stage: (seconds - self._counted.get(stage, 0.0)) / jobs for stage, seconds in now.items()}
+        self._counted = now
+        return {stage: seconds for stage, seconds in spent.items() if seconds > 0}
+
+    def _open(self, one: Prepared, run: RunDirectory) -> tuple[Windows, Windows | None]:
+        """The run directory is the job's. Returns its calibration and evaluation windows, as they now lie there."""
+        if not run.manifest:  # else it was tried before, together with others
+            for warning in run.open_job(one.identity | {"dtype": self.conductor.dtype}, one.source.num_blocks, one.job.resume):
+                self.conductor.reporter.note(warning)
+        with replacing(run.path / "config.yaml") as temporary:
+            temporary.write_text(one.job.to_yaml())
+        self.evaluations |= run.manifest["evaluations"]
+        return self._settled(one, "calibration"), one.evaluation and self._settled(one, "evaluation")
+
+    def _settled(self, one: Prepared, kind: str) -> Windows:
+        windows = one.kept_windows(kind, self.conductor.dtype)
+        if windows is None:
+            request = getattr(one, kind)
+            if request not in self.sampled:
+                self.sampled[request] = _sample(request, one.source, self.conductor)
+            windows = self.sampled[request]
+        path = windows_file(one.job.run_directory, kind)
+        path.parent.mkdir(exist_ok=True)
+        with replacing(path) as temporary:
+            windows.save(temporary)
+        return windows
+
+    def _finish(self, one: Prepared, run: RunDirectory, evaluation: Windows | None, spent: dict[str, float]) -> dict:
+        """All layers are there. spent: seconds by stage up to here."""
+        conductor = self.conductor
+        statistics.write_expert_table(run.manifest["layers"], run.path / "stats" / "experts.parquet")
+        if "model" not in run.manifest:
+            run.manifest["model"] = conductor.assemble(one.job, one.source, one.architecture, run.storage, run.model)
+            run.save()
+        if evaluation is not None:
+            self._evaluate(one, run, evaluation)
+        own = self.spent()
+        spent = {stage: spent.get(stage, 0.0) + own.get(stage, 0.0) for stage in spent | own}
+        for stage in STAGES:
+            run.add_seconds(stage, spent.get(stage, 0.0))
+        run.manifest["finished"] = True
+        run.save()
+        result = one.result()
+        write_card(run.model, Path(one.source.name).name, one.source.described(), result)
+        whole = spent.pop(WHOLE)
+        return result | {"actors": conductor.crew.size.actors, "devices": conductor.devices, "seconds": round(whole, 3), **conductor.usage,
+                         "seconds_by_stage": {stage: round(seconds, 3) for stage, seconds in spent.items()}}
+
+    def _evaluate(self, one: Prepared, run: RunDirectory, windows: Windows) -> None:
+        """Measure what no manifest holds yet."""
+        for what, key in one.evaluations(run.manifest, windows, self.conductor.dtype).items():
+            if key not in self.evaluations:
+                directory = run.model if what == "expanded" else one.source.directory
+                measured = self.conductor.evaluate(what, directory, windows, one.source.num_blocks, run)
+                self.evaluations[key] = {"what": what, **measured.as_dict()}
+            run.manifest["evaluations"][key] = self.evaluations[key]
+            run.save()
 
 
 def _sample(request: Request, source: Source, conductor: "Conductor") -> Windows:
-    return Windows(conductor.sample(source, request.count, request.length, request.seed), _sampled_source(request, source, conductor))
+    return Windows(conductor.sample(source, request.count, request.length, request.seed), sampled_source(request, source, conductor.dtype))

@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import ray
@@ -148,7 +148,7 @@ class LayerShard:
 
     @ray.method(concurrency_group="pulse")
     def pulse(self) -> Counts:
-        return self.meter.counts
+        return replace(self.meter.counts, doing=dict(self.meter.counts.doing), activations=self.shelf.bytes_by_place())
 
     @computes
     def warm_up(self, job: Job) -> None:
@@ -165,6 +165,8 @@ class LayerShard:
     def begin(self, job: Job, files: ModelFiles, architecture: Architecture, share: Share, host_bytes: float, folder: Path | None) -> None:
         """Take over a share of the calibration windows and embed them. host_bytes: for activations in host memory. folder: for
         those on disk."""
+        self.block = self.captured = self.sorted = self.labels = None  # of an earlier job: its room is wanted
+        self.shelf, self.hidden = Shelf(self.device), {}
         self.job, self.architecture, self.groups, self.share = job, architecture, architecture.router_groups, share
         self.model = files.open(self.dtype, self.device)
         working = working_bytes(job, shape_of(self.model.empty_block, architecture), sum(share.tokens), self.dtype)
@@ -195,10 +197,10 @@ class LayerShard:
     def capture(self, index: int, weights: dict) -> None:
         log.info("layer %d: capturing %d window groups", index, len(self.hidden))
         self.solved[0, index] = {}
-        self._capture(index, weights)
+        self._capture(index, unpack_all(weights))
 
-    def _capture(self, index: int, weights: dict | None) -> None:
-        self.block = self.model.load_block(index, weights and unpack_all(weights))
+    def _capture(self, index: int, weights: dict[str, Tensor] | None) -> None:
+        self.block = self.model.load_block(index, weights)
         self.captured = capture(self.model, self.block, index, self.hidden, self.architecture, self.shelf)
         self.meter.add("tokens", sum(self.share.sizes))
 

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from ray.util.metrics import Counter
@@ -19,6 +19,18 @@ class Counts:
     solves: int = 0
     bytes_sent: int = 0
     doing: dict[str, float] = field(default_factory=dict)
+    activations: dict[str, int] = field(default_factory=dict)  # bytes kept now, by place
+
+
+def usage(before: Sequence[Counts], after: Sequence[Counts], seconds: float) -> dict:
+    """What a crew did in `seconds`: the share of that time in which its actors computed, the bytes that they handed on, and where
+    their activations lay. before: none of actors that were new."""
+    def grown(name: str) -> float:
+        return max(0, sum(getattr(counts, name) for counts in after) - sum(getattr(counts, name) for counts in before))
+
+    places = {place for counts in after for place in counts.activations}
+    return {"busy_share": grown("busy_seconds") / (seconds * max(1, len(after))), "bytes_exchanged": int(grown("bytes_sent")),
+            "activations": {place: sum(counts.activations.get(place, 0) for counts in after) for place in sorted(places)}}
 
 
 class Meter:

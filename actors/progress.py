@@ -1,16 +1,23 @@
-"""One bar, drawn by the driver: stage, layer, time left. In a file or a pipe, a line whenever the stage changes."""
+"""One bar, drawn by the driver: stage, layer, experts done, time left. In a file or a pipe, a line whenever the stage changes. And a
+file that status reads in another terminal."""
 
+import json
+import os
 import sys
 import time
+from pathlib import Path
 from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+FILE_SECONDS = 0.5
 EVALUATION_COST = 0.1  # of a block, against expanding it
 
 
 class Reporter(Protocol):
+    path: Path | None
+
     def stage(self, name: str, detail: str = "") -> None: ...
     def detail(self, detail: str) -> None: ...
     def advance(self, steps: float = 1.0) -> None: ...
@@ -18,9 +25,10 @@ class Reporter(Protocol):
 
 
 class Bar:
-    """Progress on standard error. `total` counts steps of about equal cost, so that the time left is honest."""
+    """Progress on standard error. `total` counts steps of about equal cost, so that the time left is honest. path: of the file."""
 
-    def __init__(self, total: float, verbose: bool, done: float = 0.0):
+    def __init__(self, total: float, verbose: bool, done: float = 0.0, path: Path | None = None):
+        self.path, self._written = path, 0.0
         self._console = Console(stderr=True)
         self._live = self._console.is_terminal and not verbose
         self._total, self._done, self._started_at, self._start = total, done, done, time.monotonic()
@@ -39,11 +47,13 @@ class Bar:
         elif label != self._label:
             print(f"[{time.strftime('%H:%M:%S')}] {label}{self._left()}", file=sys.stderr, flush=True)
         self._label = label
+        self._save(label)
 
     def detail(self, detail: str) -> None:
         """More about the stage, for who watches the bar."""
         if self._live:
             self._bar.update(self._task, description=f"{self._stage} {detail}")
+        self._save(f"{self._stage} {detail}")
 
     def advance(self, steps: float = 1.0) -> None:
         self._done = min(self._total, self._done + steps)
@@ -62,8 +72,18 @@ class Bar:
             self._bar.stop()
 
     def _left(self) -> str:
+        seconds = self._seconds_left()
+        return "" if seconds is None else f" ({self._done / self._total:.0%}, about {seconds:.0f} s left)"
+
+    def _seconds_left(self) -> float | None:
         gone = self._done - self._started_at
-        if gone <= 0:
-            return ""
-        seconds = (time.monotonic() - self._start) / gone * (self._total - self._done)
-        return f" ({self._done / self._total:.0%}, about {max(0, seconds):.0f} s left)"
+        return max(0.0, (time.monotonic() - self._start) / gone * (self._total - self._done)) if gone > 0 else None
+
+    def _save(self, label: str) -> None:
+        """For who looks from elsewhere; a second old at most, and not worth waiting for the disk."""
+        if self.path is None or time.monotonic() - self._written < FILE_SECONDS:
+            return
+        self._written = time.monotonic()
+        temporary = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}")
+        temporary.write_text(json.dumps({"stage": label, "done": self._done / self._total, "seconds_left": self._seconds_left(), "at": time.time()}))
+        os.replace(temporary, self.path)

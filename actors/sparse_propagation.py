@@ -50,7 +50,7 @@ class SparsePropagation(Stages):
                     self._expand(_Block(index), missing)
                 self._finish()
             except _StartOver:
-                self.writing = None
+                self.writings = []
                 for seat in self.crew.seats:
                     seat.block = -1
 
@@ -61,7 +61,7 @@ class SparsePropagation(Stages):
                 self.reader.ahead(min((index for index in missing if index > block.index), default=self.run.num_blocks))
                 self._cluster(block)
                 self._solve(block)
-                self.record(wait=True)
+                self.record(most=len(self.crew.seats) - 1)
                 self._propagate(block)
                 return
             except Lost as lost:
@@ -69,7 +69,7 @@ class SparsePropagation(Stages):
 
     def _finish(self) -> None:
         try:
-            self.record(wait=True)
+            self.record(most=0)
         except Lost as lost:
             self._recover(lost, _Block(self.source.num_blocks))
 
@@ -79,19 +79,19 @@ class SparsePropagation(Stages):
         block.solved = {task: (seat, reports) for task, (seat, reports) in block.solved.items() if seat in self.crew.seats}
         if len(block.tasks) != len(self.crew.seats):
             block.tasks = []  # dealt anew
-        if self.writing is not None:
-            self._save_or_start_over()
+        self._save_or_start_over()
 
     def _save_or_start_over(self) -> None:
-        """The last block's shard: it is there already, or somebody can still write it, or it is made again."""
-        try:
-            self.record(wait=True)
-        except Lost:
+        """Shards of finished blocks: they are there already, or somebody can still write them, or they are made again."""
+        while self.writings:
             try:
-                self.writing.again(self.crew, self.driver)
-                self.record(wait=True)
+                self.record(most=0)
             except Lost:
-                raise _StartOver from None
+                try:
+                    self.writings[0].again(self.crew, self.driver)
+                    self.record(most=len(self.writings) - 1)
+                except Lost:
+                    raise _StartOver from None
 
     # The stages
 
@@ -207,5 +207,5 @@ class SparsePropagation(Stages):
                             sorted(reports, key=lambda report: (report["router"], report["expert"])), block.seconds))
 
     def _timed(self, name: str, block: _Block) -> AbstractContextManager[None]:
-        self.record(wait=False)
+        self.record()
         return self.stage(name, block.index, block.seconds)

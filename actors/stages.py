@@ -41,7 +41,7 @@ class Stages:
 
     def __post_init__(self):
         self.reader = ModelReader(self.crew, self.source.directory, self.source.num_blocks, self.driver)
-        self.writing: Writing | None = None
+        self.writings: list[Writing] = []  # blocks on their way to disk, in order
         self.where = START
 
     @property
@@ -103,22 +103,21 @@ class Stages:
         return ray.put((pack_all(tensors), [pack(labels_N) for labels_N in labels]))
 
     def write(self, writing: Writing) -> None:
-        """Begin to write a block's shard, by its owner if that one sees where to."""
-        owner = self.reader.owner(writing.index)
-        able = [seat for seat in self.crew.seats if seat.sees_run and (len(self.crew.seats) == 1 or None not in writing.experts)]
-        writing.begin(owner if owner.sees_run else next(iter(able), owner), self.driver)
-        self.writing = writing
+        """Begin to write a block's shard: the actors that see where to take turns."""
+        seats = self.crew.seats
+        able = [seat for seat in seats if seat.sees_run and (len(seats) == 1 or None not in writing.experts)] or seats
+        writing.begin(able[writing.index % len(able)], self.driver)
+        self.writings.append(writing)
 
-    def record(self, wait: bool) -> None:
-        """Note in the manifest that the last block's shard is written, which goes on beside the next block. wait: until it is (before
-        the next shard is written, and at the end); otherwise only look whether it is."""
-        writing = self.writing
-        if writing is None or not wait and not writing.is_done():
-            return
-        self.note_written(writing)
-        self.writing = None
-        for seat in self.crew.seats:
-            seat.actor.forget.remote(writing.made)
+    def record(self, most: int | None = None) -> None:
+        """Note in the manifest which shards are written, which goes on beside the blocks that follow. most: wait until no more
+        than so many are on their way; None: only look."""
+        while self.writings and (self.writings[0].is_done() if most is None else len(self.writings) > most):
+            writing = self.writings[0]
+            self.note_written(writing)
+            self.writings.pop(0)
+            for seat in self.crew.seats:
+                seat.actor.forget.remote(writing.made)
 
     def note_written(self, writing: Writing) -> None:
         with self.stage("write", writing.index, writing.seconds):

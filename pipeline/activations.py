@@ -78,7 +78,8 @@ class Shelf:
         return bool(moved)
 
     def bytes_by_place(self) -> dict[str, int]:
-        return {place: sum(kept.tensor.nbytes for kept in self._kept.values() if kept.place == place) for place in (DEVICE, HOST, DISK)}
+        kept = list(self._kept.values())  # another thread may ask
+        return {place: sum(one.tensor.nbytes for one in kept if one.place == place) for place in (DEVICE, HOST, DISK)}
 
 
 def _mapped(folder: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

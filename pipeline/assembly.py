@@ -10,9 +10,10 @@ import torch
 
 from pipeline import modeling_sparse_expansion
 from pipeline.blocks import BlockwiseModel
-from pipeline.files import MARK, save_tensors, sha256
+from pipeline.files import MARK, sha256
 from pipeline.modeling_sparse_expansion import SparseExpansionConfig
 from pipeline.storage import Storage
+from pipeline.weights import save_tensors
 
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "chat_template*")
 

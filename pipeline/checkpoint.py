@@ -5,6 +5,7 @@
     windows/           the token windows, so that a resumed job sees the same ones
     layers/            layer_000.safetensors ... (unless --storage keeps them elsewhere)
     stats/             experts.parquet
+    progress.json      where a running job is, for status
     profile/           where the time went, if that was asked for
     model/             the assembled model
 """
@@ -21,7 +22,8 @@ from pipeline.errors import UserError
 from pipeline.files import MARK, remove_leftovers, sha256, write_json
 from pipeline.storage import FOLDER, FORMAT, Storage
 
-OWN_FILES = {".lock", "windows", "config.yaml"}  # what a job may have written before its manifest
+PROGRESS = "progress.json"
+OWN_FILES = {".lock", "windows", "config.yaml", PROGRESS}  # what a job may have written before its manifest
 
 
 class RunDirectory:
@@ -60,10 +62,6 @@ class RunDirectory:
 
     def __exit__(self, *_) -> None:
         self.close()
-
-    @property
-    def windows(self) -> Path:
-        return self.path / "windows"
 
     @property
     def model(self) -> Path:
@@ -115,6 +113,31 @@ class RunDirectory:
 
     def add_seconds(self, stage: str, seconds: float) -> None:
         self.manifest["seconds"][stage] = self.manifest["seconds"].get(stage, 0.0) + seconds
+
+
+def windows_file(path: Path, kind: str) -> Path:
+    """Calibration or evaluation windows in a run directory."""
+    return path / "windows" / f"{kind}.safetensors"
+
+
+def is_running(path: Path) -> bool:
+    """Does a driver have this directory open?"""
+    try:
+        with open(path / ".lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+
+
+def read_progress(path: Path) -> dict[str, Any] | None:
+    """What a running job wrote last: stage, share done, seconds left, when (seconds since the epoch)."""
+    try:
+        return json.loads((path / PROGRESS).read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def read_manifest(path: Path) -> dict[str, Any] | None:

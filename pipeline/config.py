@@ -5,6 +5,7 @@ Each field's `allowed` completes the sentence "--option is VALUE; allowed is ...
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -16,6 +17,8 @@ from pipeline.errors import UserError
 from pipeline.pattern import ALLOWED as ALLOWED_SPARSITY
 from pipeline.pattern import Pattern
 from pipeline.texts import KNOWN as KNOWN_DATA
+
+ROUNDING = ("bits", "group_size", "symmetric", "mse")  # mean nothing without --quantize
 
 
 def _field(default: Any, doc: str, allowed: str, **bounds) -> Any:
@@ -85,7 +88,7 @@ class Job(BaseModel):
     def _go_together(cls, fields: dict) -> dict:
         """Options that mean nothing without another one are errors, not silence."""
         if not fields.get("quantize"):
-            for name in ("bits", "group_size", "symmetric", "mse"):
+            for name in ROUNDING:
                 if fields.get(name) not in (None, False):
                     raise UserError(f"{_option(name)} is {fields[name]}, but without --quantize nothing is rounded; give both or neither.")
         if fields.get("no_pca") and fields.get("pca_reduction_factor") is not None:
@@ -123,7 +126,7 @@ class Job(BaseModel):
     def recipe(self) -> dict:
         """The fields that decide what the shards hold, with their values."""
         names = ["sparsity", "quantize", "propagation"]
-        names += ["bits", "group_size", "symmetric", "mse"] if self.quantize else []
+        names += ROUNDING if self.quantize else ()
         return {name: getattr(self, name) for name in names} | self.routers()
 
     def routers(self) -> dict:
@@ -134,7 +137,7 @@ class Job(BaseModel):
 
     def to_yaml(self) -> str:
         # Options that need another are left out without it, so that the file can be given back as --config.
-        dropped = set() if self.quantize else {"bits", "group_size", "symmetric", "mse"}
+        dropped = set() if self.quantize else set(ROUNDING)
         dropped |= {"pca_reduction_factor"} if self.no_pca else set()
         return yaml.safe_dump(self.model_dump(exclude=dropped), sort_keys=False)
 
@@ -149,7 +152,16 @@ def allowed(name: str) -> str:
 
 def make_job(options: dict[str, Any], config: str | None = None) -> Job:
     """The job of a YAML file and the options given beside it, which win. Raises UserError, one sentence."""
-    fields = (_read_yaml(Path(config)) if config else {}) | {name: value for name, value in options.items() if value is not None}
+    return job_of(read_fields(options, config), config)
+
+
+def read_fields(options: dict[str, Any], config: str | None) -> dict[str, Any]:
+    """What is given, unchecked."""
+    return (_read_yaml(Path(config)) if config else {}) | {name: value for name, value in options.items() if value not in (None, (), [])}
+
+
+def job_of(fields: dict[str, Any], config: str | None) -> Job:
+    """The job of fields of which some may come from the YAML file `config`. Raises UserError, one sentence."""
     if "model" not in fields:
         raise UserError("--model is missing; allowed is a hub id, a local directory, demo, or pythia or llama with --model-size.")
     try:
@@ -162,11 +174,20 @@ def make_job(options: dict[str, Any], config: str | None = None) -> Job:
         raise UserError(f"{_option(name)} is {first['input']!r}; allowed is {allowed(name)}.") from None
 
 
+class _Loader(yaml.SafeLoader):
+    """YAML whose 2:4 is text: to YAML 1.1 it is the number 124, in base 60."""
+
+
+_Loader.yaml_implicit_resolvers = {first: [(tag, form) for tag, form in known if tag != "tag:yaml.org,2002:int"]
+                                   for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789"))
+
+
 def _read_yaml(path: Path) -> dict:
     if not path.is_file():
         raise UserError(f"--config {path} is no file on this machine.")
     try:
-        fields = yaml.safe_load(path.read_text())
+        fields = yaml.load(path.read_text(), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path} is no YAML: {' '.join(str(error).split())}.") from None
     if not isinstance(fields, dict):

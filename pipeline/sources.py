@@ -10,7 +10,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from pipeline.demo import DEMO_MODEL
 from pipeline.errors import UserError
-from pipeline.files import replacing, save_tensors
+from pipeline.files import replacing
+from pipeline.weights import save_tensors
 
 PYTHIA_SIZES = ("14m", "31m", "70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b")
 PYTHIA_REVISION = "step143000"

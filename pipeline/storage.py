@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.files import replacing, save_tensors, sha256
+from pipeline.files import replacing, sha256
+from pipeline.weights import save_tensors
 
 FORMAT = 1
 FOLDER = "layers"

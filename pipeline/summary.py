@@ -1,10 +1,14 @@
 """What the commands print for people, and what `status` reads."""
 
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from pipeline.checkpoint import read_manifest
+from pipeline.checkpoint import is_running, read_manifest, read_progress
 from pipeline.errors import UserError
 from pipeline.statistics import warnings_of
+
+WATCH_SECONDS = 2
 
 
 def table(rows: list[list[str]]) -> str:
@@ -56,6 +60,19 @@ def describe_evaluation(result: dict) -> str:
                       f"{result['seconds']:.1f} s on {', '.join(result['devices'])}."])
 
 
+def watch_status(directory: str) -> Iterator[dict]:
+    """`read_status` whenever it has changed, until nobody works on the job."""
+    last = None
+    while True:
+        result = read_status(directory)
+        if result != last:
+            yield result
+        if not result["running"]:
+            return
+        last = result
+        time.sleep(WATCH_SECONDS)
+
+
 def read_status(directory: str) -> dict:
     """What a run directory holds. Raises UserError if it holds no job."""
     path = Path(directory).absolute()
@@ -68,7 +85,7 @@ def read_status(directory: str) -> dict:
     shown = next((entry for entry in manifest["evaluations"].values()), {})
     seconds = {stage: round(value, 3) for stage, value in manifest["seconds"].items() if value}
     return {
-        "run_dir": str(path), "identity": manifest["identity"], "finished": bool(manifest.get("finished")) and not left and "model" in manifest,
+        "run_dir": str(path), "running": (running := is_running(path)), "progress": read_progress(path) if running else None, "identity": manifest["identity"], "finished": bool(manifest.get("finished")) and not left and "model" in manifest,
         "layers": manifest["num_blocks"], "layers_done": sorted(int(index) for index in layers), "layers_left": left,
         "perplexity": evaluations.get("expanded"), "dense_perplexity": evaluations.get("dense"),
         "windows": shown.get("windows"), "window_length": shown.get("window_length"), "measured_on": shown.get("dataset"),
@@ -77,10 +94,18 @@ def read_status(directory: str) -> dict:
     }
 
 
+def _now(progress: dict | None) -> str:
+    if progress is None:
+        return "starting."
+    left = "" if progress["seconds_left"] is None else f", about {progress['seconds_left']:.0f} s left"
+    return f"{progress['stage']}, {progress['done']:.0%}{left} (at {time.strftime('%H:%M:%S', time.localtime(progress['at']))})."
+
+
 def describe_status(result: dict) -> str:
     done, left = result["layers_done"], result["layers_left"]
     lines = [f"{result['run_dir']}: {'finished' if result['finished'] else 'not finished'}, {len(done)} of {result['layers']} layers done"
              + (f", left: {', '.join(map(str, left))}" if left else ""),
+             *([f"Running: {_now(result['progress'])}"] if result["running"] else []),
              *(f"  {name}: {value}" for name, value in result["identity"].items()),
              f"Seconds so far: {result['seconds']:.1f} ({_stages(result['seconds_by_stage'])})."]
     if result["perplexity"] is not None or result["dense_perplexity"] is not None:

@@ -1,10 +1,13 @@
-"""A checkpoint's tensors by name, straight from safetensors, one at a time."""
+"""A checkpoint's tensors by name, straight from safetensors, one at a time; and safetensors written."""
 
 import hashlib
 import json
+import os
+import re
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.architectures import RENAMED
@@ -79,3 +82,14 @@ class Checkpoint:
                 opened.seek(max(-(1 << 20), -file.stat().st_size), 2)
                 digest.update(opened.read())
         return digest.hexdigest()
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """As safetensors, but a full disk is an OSError."""
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None

@@ -14,8 +14,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.files import save_tensors, sha256
+from pipeline.files import sha256
 from pipeline.texts import Text, read_text
+from pipeline.weights import save_tensors
 
 TOKENS_PER_GROUP = {"cpu": 4096, "cuda": 16384}  # windows run through a block in groups of about this many tokens
 HELD_OUT = 0.1  # of a local file, from its end, when it is to serve for calibration and evaluation both

@@ -42,7 +42,8 @@ def command(*arguments: str) -> Outcome:
     from cli import app
 
     result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
     return Outcome(result.exit_code, result.stdout, result.stderr)
 
 

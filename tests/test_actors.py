@@ -2,12 +2,7 @@
 
 import numpy as np
 import pytest
-import ray
-from ray.exceptions import RayActorError
 
-from actors.cluster import size_crew, stop_actors
-from actors.conductor import Conductor
-from actors.progress import Bar
 from tests.conftest import run_job
 from tests.jobs import make_inputs, shard_hashes
 from tests.models import save_tiny, token_windows
@@ -25,9 +20,11 @@ def test_one_and_two_actors_write_the_same_bytes(tmp_path):
     np.save(tmp_path / "ids.npy", token_windows(20, 512).numpy())
     results = [
         run_job("--model", tmp_path / "model", "--dataset", tmp_path / "ids.npy", "--eval-dataset", tmp_path / "ids.npy", "--eval-size", 12, "--num-clusters", 4, "--no-dense",
-                "--kmeans-restarts", 2, "--actors", actors, "--threads", 1, "--output-dir", tmp_path / str(actors))
-        for actors in (1, 2)]
+                "--kmeans-restarts", 2, "--actors", actors, "--activations", activations, "--threads", 1, "--output-dir", tmp_path / str(actors))
+        for actors, activations in ((1, "auto"), (2, "disk"))]
     assert [result["actors"] for result in results] == [1, 2]
+    assert results[0]["activations"]["disk"] == 0 < results[0]["activations"]["host"] and results[1]["activations"]["host"] == 0
+    assert 0.3 < results[0]["busy_share"] <= 1 and results[1]["bytes_exchanged"] > results[0]["bytes_exchanged"]
     assert layer_bytes(tmp_path / "1") == layer_bytes(tmp_path / "2")
     assert results[0]["perplexity"] == results[1]["perplexity"]
 
@@ -48,19 +45,3 @@ def test_empty_clusters_fall_back_and_are_reported(tmp_path):
     np.save(tmp_path / "two.npy", np.tile([[5], [7]], (4, 16)))
     result = run_job(*options, "--dataset", tmp_path / "two.npy", "--eval-dataset", "none", "--num-clusters", 4, "--output-dir", tmp_path / "run")
     assert any("had no tokens and were solved on all tokens of their layer" in warning for warning in result["warnings"])
-
-
-def test_a_kept_actor_that_has_died_is_replaced():
-    size, bar, kept = size_crew(None, 1, None), Bar(1, verbose=False), []
-    Conductor(size, "float32", bar, kept=kept).start()
-    first = kept[0]
-    again = Conductor(size, "float32", bar, kept=kept)
-    again.start()
-    assert kept == [first]  # alive: taken over as it is
-    ray.kill(first)
-    with pytest.raises(RayActorError):
-        while True:  # until the kill has reached it
-            ray.get(first.where.remote())
-    again.start()
-    assert len(kept) == 1 and kept != [first] and again.devices == ["1 CPU thread"]
-    stop_actors(kept)

@@ -48,7 +48,7 @@ def test_result(run):
 
 def test_files(run):
     directory, result = run
-    assert sorted(file.name for file in directory.iterdir()) == [".lock", "config.yaml", "layers", "manifest.json", "model", "profile", "stats", "windows"]
+    assert sorted(file.name for file in directory.iterdir()) == [".lock", "config.yaml", "layers", "manifest.json", "model", "profile", "progress.json", "stats", "windows"]
     shard = load_file(directory / "layers" / "layer_002.safetensors")
     weight, dense = shard["mlp.dense_h_to_4h.weight"], load_file(DEMO_MODEL / "model.safetensors")["gpt_neox.layers.2.mlp.dense_h_to_4h.weight"]
     assert weight.shape == (4, *dense.shape) and (weight == 0).float().mean(dim=(1, 2)).tolist() == pytest.approx([0.6] * 4, abs=0.002)

@@ -256,6 +256,17 @@ def test_another_sweep_is_refused(job, swept):
     assert outcome.code == 2 and f"--output-dir {swept[0]}/0.5-k3 holds another job: it differs in kmeans_restarts (2 there, 3 here)" in outcome.err
 
 
+def test_what_is_submitted_is_checked_here_first():
+    def submitted(*options) -> str:
+        outcome = command("submit", "--address", "http://127.0.0.1:9", "--", "sweep", "--model", "demo", *options)
+        assert outcome.code == 2
+        return outcome.err
+
+    assert "--sparsity is '2'; allowed is a fraction" in submitted("--sparsity", 0.5, "--sparsity", 2, "--output-dir", "/shared/a")
+    assert "--output-dir is a; for a submitted job allowed is an absolute path" in submitted("--sparsity", 0.5, "--output-dir", "a")
+    assert "--address 127.0.0.1:9 cannot be reached" in submitted("--sparsity", 0.5, "--sparsity", 0.8, "--output-dir", "/shared/a")
+
+
 # The demo, which goes the same way
 
 
