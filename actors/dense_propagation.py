@@ -76,7 +76,7 @@ class DensePropagation(Stages):
 
     def _begin(self, seats: list[Seat]) -> None:
         groups = self.windows.groups(self.device_type)
-        share = Share(dict(enumerate(groups)), [ids_WL.numel() for ids_WL in groups])
+        share = Share(dict(enumerate(groups)), [ids_WL.numel() for ids_WL in groups], alone=True)
         self.begin([(seat, share) for seat in seats])
 
     def _weights(self, seat: Seat, blocks) -> list[ray.ObjectRef]:

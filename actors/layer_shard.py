@@ -68,10 +68,12 @@ class ModelFiles:
 
 @dataclass
 class Share:
-    """Calibration windows of one actor. `windows`: token ids by group number. `tokens`: of every group of the job."""
+    """Calibration windows of one actor. windows: token ids by group number. tokens: of every group of the job. alone: nobody else
+    has any, or needs them."""
 
     windows: dict[int, Tensor]
     tokens: list[int]
+    alone: bool
 
     @property
     def first(self) -> int:
@@ -169,11 +171,13 @@ class LayerShard:
         self.shelf, self.hidden = Shelf(self.device), {}
         self.job, self.architecture, self.groups, self.share = job, architecture, architecture.router_groups, share
         self.model = files.open(self.dtype, self.device)
+        self.model.load_shell()
         working = working_bytes(job, shape_of(self.model.empty_block, architecture), sum(share.tokens), self.dtype)
         self.shelf = Shelf(self.device, *room(job.activations, self.device, working, host_bytes), folder)
         self.hidden = {number: self._kept_hidden(number, self.model.embed(ids_WL)) for number, ids_WL in share.windows.items()}
         self.loaded: dict[int, torch.nn.Module] = {}  # dense blocks for `pass_on`
         self.solved: dict[Made, dict[Task, dict[str, Tensor]]] = {}  # experts by block and task
+        self.own: dict[str, dict] = {"parts": {}, "points": {}}  # by router: what this actor need not send to itself
         self.points: dict[int, Tensor] = {}
 
     def _kept_hidden(self, number: int, hidden_WLH: Tensor) -> Kept:
@@ -212,29 +216,37 @@ class LayerShard:
 
     @computes
     def scatter(self, router: int, *sums: Tensor) -> dict[tuple[int, int], Wire]:
-        mean_C = self._mean(sums)
-        parts = principal.scatter_parts(self._inputs(router), self.share.sizes, self.share.first, len(self.share.tokens), mean_C, self.device)
+        """This actor's sums for the principal axes, for the one that decomposes them."""
+        parts = principal.scatter_parts(self._inputs(router), self.share.sizes, self.share.first, len(self.share.tokens), self._mean(sums), self.device)
+        if self.share.alone:
+            self.own["parts"][router] = parts
+            return {}
         return {node: self._send(part_CC) for node, part_CC in parts.items()}
 
     @computes
     def axes(self, router: int, *parts: dict) -> Wire:
         """The principal axes; `parts`: everybody's of `scatter`."""
-        sums = {node: unpack(wire, self.device).clone() for part in parts for node, wire in part.items()}
-        components = self.job.components(self._inputs(router).shape[1])
-        return self._send(principal.leading_axes(sums, len(self.share.tokens), sum(self.share.tokens), components, self.job.seed))
+        components, groups, tokens = self.job.components(self._inputs(router).shape[1]), len(self.share.tokens), sum(self.share.tokens)
+        if self.share.alone:
+            return self._send(principal.leading_axes(self.own["parts"].pop(router), groups, tokens, components, self.job.seed))
+        sent = {node: wire for part in parts for node, wire in part.items()}
+        return self._send(principal.leading_axes(sent, groups, tokens, components, self.job.seed, lambda wire: unpack(wire, self.device).clone()))
 
     @computes
-    def project(self, router: int, axes: Wire | None, *sums: Tensor) -> Wire:
-        """This actor's tokens as KMeans sees them."""
+    def project(self, router: int, axes: Wire | None, *sums: Tensor) -> Wire | None:
+        """This actor's tokens as KMeans sees them, for the others."""
         mean_C, axes_DC = (None, None) if axes is None else (self._mean(sums), unpack(axes, self.device))
-        return self._send(routing.points(self._inputs(router), self.share.sizes, mean_C, axes_DC, self.device))
+        own_ND = self.own["points"][router] = routing.points(self._inputs(router), self.share.sizes, mean_C, axes_DC, self.device)
+        return None if self.share.alone else self._send(own_ND)
 
     @computes
-    def play(self, router: int, tournament: Tournament, entries: Sequence[Entry], *projected: Wire) -> list[Run]:
-        """Some runs of a round over everybody's projected tokens, which stay here until `settle`."""
+    def play(self, router: int, tournament: Tournament, entries: Sequence[Entry], *elsewhere: Wire) -> list[Run]:
+        """Some runs of a round over everybody's projected tokens (`elsewhere`: the others', by rank), which stay here until `settle`."""
         log.info("router %d: %d runs of KMeans", router, len(entries))
         if router not in self.points:
-            self.points[router] = torch.cat([unpack(wire, self.device) for wire in projected])
+            parts = [unpack(wire, self.device) for wire in elsewhere]
+            parts.insert(self.rank, self.own["points"].pop(router))
+            self.points[router] = torch.cat(parts) if len(parts) > 1 else parts[0]
         return routing.play(tournament, entries, self.points[router], self.job.num_clusters)
 
     @computes
@@ -265,6 +277,7 @@ class LayerShard:
     def settle(self, fitted: list[dict]) -> None:
         """The block's routers are known: this actor's tokens are sorted by expert."""
         self.points.clear()
+        self.own = {"parts": {}, "points": {}}
         self.counts = [fit["counts"] for fit in fitted]
         self.labels = [unpack(fit["labels"])[self.share.slice].to(self.device) for fit in fitted]
         self.sorted = [TokensByExpert(self._inputs(router), labels_N, len(self.counts[router])) for router, labels_N in enumerate(self.labels)]
@@ -333,11 +346,8 @@ class LayerShard:
     def _weights(self, made: Made, tasks: list[Task], elsewhere: tuple[dict, ...], device: torch.device) -> dict[str, Tensor]:
         """Experts of all tasks in order (E, R, C) by path: this actor's own, and the others' in the order of the tasks."""
         others = iter(elsewhere)
-        found = []
-        for task in tasks:
-            own = self.solved.get(made, {}).get(task)
-            found.append({path: weight_ERC.to(device) for path, weight_ERC in own.items()} if own else unpack_all(next(others), device))
-        return in_order(tasks, found)
+        found = [self.solved.get(made, {}).get(task) or unpack_all(next(others)) for task in tasks]
+        return in_order(tasks, found, device)
 
     # Blocks that do not wait for each other (--propagation dense): this actor makes its own alone, from all windows
 
@@ -416,7 +426,7 @@ class LayerShard:
     @computes
     def begin_evaluation(self, files: ModelFiles, windows: dict[int, Tensor]) -> None:
         self.model = files.open(self.dtype, self.device)
-        self.block = self.captured = None
+        self.block = self.captured = self.sorted = self.labels = None
         self.shelf = Shelf(self.device)
         self.ids = windows
         self.hidden = {number: self._kept_hidden(number, self.model.embed(ids_WL)) for number, ids_WL in windows.items()}

@@ -5,6 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import ray
+import torch
 from ray.exceptions import RayError
 
 from actors.crew import Crew, Lost, Seat
@@ -72,4 +73,4 @@ class Writing:
 
 def _write(storage: Storage, made: Made, groups, fitted: list[dict], tasks: list[Task], experts: list[ray.ObjectRef]) -> str:
     found = [unpack_all(weights) for weights in ray.get(experts)]
-    return storage.write(made[1], shard_tensors(groups, in_order(tasks, found), fitted_routers(fitted)))
+    return storage.write(made[1], shard_tensors(groups, in_order(tasks, found, torch.device("cpu")), fitted_routers(fitted)))

@@ -164,7 +164,8 @@ class SparsePropagation(Stages):
             # Where there are fewer runs than actors, the next router's go to the others.
             for seat, entries in zip(seats if place % 2 == 0 else seats[::-1], shares):
                 if entries:
-                    calls.append((router, seat, seat.actor.play.remote(router, tournament, entries, *projected[router])))
+                    elsewhere = [ref for other, ref in zip(seats, projected[router]) if other is not seat]
+                    calls.append((router, seat, seat.actor.play.remote(router, tournament, entries, *elsewhere)))
         results = self.ask([(seat, ref) for _, seat, ref in calls])
         runs: dict[int, dict[int, list[Run]]] = {router: {} for router in tournaments}
         for (router, seat, _), made in zip(calls, results):

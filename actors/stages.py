@@ -77,7 +77,8 @@ class Stages:
         """Each actor's consecutive window groups."""
         groups = self.windows.groups(self.device_type)
         tokens = [ids_WL.numel() for ids_WL in groups]
-        return [Share(dict(share), tokens) for share in deal(list(enumerate(groups)), len(self.crew.seats))]
+        actors = len(self.crew.seats)
+        return [Share(dict(share), tokens, actors == 1) for share in deal(list(enumerate(groups)), actors)]
 
     def begin(self, shares: Sequence[tuple[Seat, Share]]) -> None:
         """Hand calibration windows over to new actors."""

@@ -128,7 +128,8 @@ class BlockwiseModel:
         if text_config.tie_word_embeddings:
             self._skeleton.get_output_embeddings().weight = self._skeleton.get_input_embeddings().weight
 
-    def _load_shell(self) -> None:
+    def load_shell(self) -> None:
+        """Read what lies outside the blocks; `embed` and `head` do so when they are first called."""
         if self._shell_loaded:
             return
         weights = self.shell_weights() if self._given_shell is None else self._given_shell
@@ -174,7 +175,7 @@ class BlockwiseModel:
 
     def _pass_through(self, ids_WL: Tensor, forward: Callable):
         """The model's own forward with every block's replaced."""
-        self._load_shell()
+        self.load_shell()
         for block in self._blocks:
             block.forward = forward
         return self._skeleton(input_ids=ids_WL.to(self.device), use_cache=False)

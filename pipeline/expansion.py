@@ -198,7 +198,8 @@ def routed_block(block: nn.Module, architecture: Architecture, weights: dict[str
     shared = {id(parameter): parameter for parameter in block.parameters()}  # not copied
     routed = copy.deepcopy(block, shared)
     fixed = [FixedRouter() for _ in groups]
-    expand(routed, [list(group) for group in groups], len(next(iter(weights.values()))))
+    with torch.device("meta"):  # its weights are about to be replaced
+        expand(routed, [list(group) for group in groups], len(next(iter(weights.values()))))
     for group, router in zip(groups, fixed):
         for path in group:
             linear: RoutedLinear = routed.get_submodule(path)

@@ -8,6 +8,7 @@ Shapes: N tokens, C columns (in features).
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,12 +99,13 @@ def partial_sums(leaf: Callable[[int], Tensor], own: range, groups: int) -> dict
     return within(0, groups)
 
 
-def total(parts: dict[Node, Tensor], first: int, last: int) -> Tensor:
-    """The sum over a node from `partial_sums` of everybody. It is added up in place: the parts are used up."""
+def total(parts: dict[Node, Any], first: int, last: int, take: Callable[[Any], Tensor] = lambda part: part) -> Tensor:
+    """The sum over a node from `partial_sums` of everybody, as they were sent. take: makes a tensor of one, when its turn has come;
+    they are added up in place."""
     if (first, last) in parts:
-        return parts[first, last]
+        return take(parts[first, last])
     middle = _middle(first, last)
-    return total(parts, first, middle).add_(total(parts, middle, last))
+    return total(parts, first, middle, take).add_(total(parts, middle, last, take))
 
 
 def _middle(first: int, last: int) -> int:

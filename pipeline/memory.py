@@ -318,7 +318,7 @@ def _cluster_bytes(work: Work, shares: Shares) -> list[int]:
             found.append(square * (levels + 1.25))
             vectors = dimensions * MORE + 16
             by_iteration = columns > WHOLE and dimensions * MORE < columns / 2
-            found.append(square * (sum(shares.nodes_of_sums) + 1) + (16 * columns * vectors if by_iteration else FULL * square))
+            found.append(square * (levels + 1.25) + (16 * columns * vectors if by_iteration else FULL * square))
             found.append(2 * 4 * shares.own_tokens * dimensions + 4 * TOKENS_PER_PRODUCT * columns)
         points = 4 * work.tokens * dimensions
         found.append(held + 2 * points)  # as they came, and brought together
@@ -347,8 +347,5 @@ def _solve_peak(work: Work, cluster: Cluster, shares: Shares, held: int) -> tupl
 
 
 def _propagate_bytes(work: Work, cluster: Cluster, shares: Shares) -> tuple[int, int]:
-    """All experts of the block (twice where they come from several actors: as they came, and brought together), and the pass."""
-    linears = sorted((math.prod(group) / parts for group, parts in zip(work.groups, work.shape.linears) for _ in range(parts)))
-    # The routed copy of the block is made with empty weights, float32 at first, before it is given the experts.
-    empty = work.job.num_clusters * (sum(linears) * work.dtype.itemsize + (4 * linears[-1] if work.dtype.itemsize < 4 else 0))
-    return work.expert_bytes * (1 if cluster.actors == 1 else 2), int(max(empty, _routed_pass_bytes(work, cluster)))
+    """All experts of the block, and beside them this actor's own, where they are not all; and the pass."""
+    return work.expert_bytes + (shares.most_weights if cluster.actors > 1 else 0), _routed_pass_bytes(work, cluster)

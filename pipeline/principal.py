@@ -9,7 +9,8 @@
 Shapes: N tokens, G window groups, C columns (in features), D components, Q vectors that are iterated.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,9 +40,10 @@ def scatter_parts(tokens_NC: Tensor, sizes: Sequence[int], first: int, groups: i
     return partial_sums(lambda group: gram(own[group], mean_C, device), range(first, first + len(own)), groups)
 
 
-def leading_axes(parts: dict[Node, Tensor], groups: int, count: int, components: int, seed: int) -> Tensor:
-    """The leading principal axes (D, C), orthonormal, largest variance first; float32. parts: everybody's, used up."""
-    covariance_CC = total(parts, 0, groups).div_(count)
+def leading_axes(parts: dict[Node, Any], groups: int, count: int, components: int, seed: int,
+                 take: Callable[[Any], Tensor] = lambda part: part) -> Tensor:
+    """The leading principal axes (D, C), orthonormal, largest variance first; float32. parts: everybody's. take: see `total`."""
+    covariance_CC = total(parts, 0, groups, take).div_(count)
     if len(covariance_CC) > WHOLE and components * MORE < len(covariance_CC) / 2:
         return _by_iteration(covariance_CC, components, seed)
     return torch.linalg.eigh(covariance_CC).eigenvectors.flip(1)[:, :components].T.contiguous()

@@ -41,20 +41,22 @@ def assign(counts: Sequence[Sequence[int]], shapes: Sequence[tuple[int, int]], a
     return [[Task(router, tuple(sorted(found))) for router, found in enumerate(routers) if found] for routers in dealt]
 
 
-def in_order(tasks: Sequence[Task], found: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """A block's experts (E, R, C) by path from those of its tasks."""
-    pieces: dict[str, dict[int, Tensor]] = {}
-    whole: dict[str, Tensor] = {}
+def in_order(tasks: Sequence[Task], found: Sequence[dict[str, Tensor]], device: torch.device) -> dict[str, Tensor]:
+    """A block's experts (E, R, C) by path on `device`, from those of its tasks, which may lie elsewhere: each is copied to its place."""
     experts_of: dict[int, int] = {}
     for task in tasks:
         experts_of[task.router] = experts_of.get(task.router, 0) + len(task.experts)
+    whole: dict[str, Tensor] = {}
     for task, weights in zip(tasks, found):
         for path, weight_ERC in weights.items():
             if len(task.experts) == experts_of[task.router]:  # all of them, in order
-                whole[path] = weight_ERC
-            else:
-                pieces.setdefault(path, {}).update(zip(task.experts, weight_ERC))
-    return whole | {path: torch.stack([by_expert[expert] for expert in sorted(by_expert)]) for path, by_expert in pieces.items()}
+                whole[path] = weight_ERC.to(device)
+                continue
+            if path not in whole:
+                whole[path] = torch.empty(experts_of[task.router], *weight_ERC.shape[1:], dtype=weight_ERC.dtype, device=device)
+            for expert, weight_RC in zip(task.experts, weight_ERC):
+                whole[path][expert].copy_(weight_RC)
+    return whole
 
 
 def in_groups(items: Sequence, key: Callable[..., Hashable]) -> list[list[int]]:
