@@ -31,7 +31,7 @@ def free_memory(device: torch.device) -> int:
     """Bytes that this process may still take of its device; what torch holds without using it is free, too."""
     if device.type == "cpu":
         return CPU_BATCHES
-    free, total = torch.cuda.mem_get_info(device)
-    share = torch.cuda.get_per_process_memory_fraction(device) * total if hasattr(torch.cuda, "get_per_process_memory_fraction") else total
-    held = torch.cuda.memory_reserved(device)
-    return int(min(free, share - held)) + held - torch.cuda.memory_allocated(device)
+    free, total = torch.cuda.mem_get_info()
+    share = torch.cuda.get_per_process_memory_fraction() * total if hasattr(torch.cuda, "get_per_process_memory_fraction") else total
+    held = torch.cuda.memory_reserved()
+    return int(min(free, share - held)) + held - torch.cuda.memory_allocated()

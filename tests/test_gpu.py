@@ -23,12 +23,13 @@ def test_two_actors_share_a_gpu(alone, propagation, tmp_path):
 
 
 def test_activations_make_room_when_memory_runs_out(alone, tmp_path):
-    """A real torch.OutOfMemoryError: six thousandths of a GPU are about half a gigabyte."""
-    outcome = command("run", *OPTIONS, "--gpus-per-actor", 0.006, "--actors", 1, "--activations", "device", "--output-dir", tmp_path / "run", "--json")
+    """A real torch.OutOfMemoryError: a good gigabyte, which --activations device tries to fill with what is kept."""
+    outcome = command("run", *OPTIONS, "--gpus-per-actor", 0.017, "--dataset-size", 400, "--actors", 1, "--activations", "device", "--no-dense",
+                      "--output-dir", tmp_path / "run", "--json")
     assert outcome.code == 0, outcome.err
-    assert outcome.json["activations"]["device"] == 0 and outcome.json["perplexity"] == pytest.approx(alone["perplexity"], rel=0.03)
+    assert outcome.json["activations"]["device"] == 0 < outcome.json["activations"]["host"]
 
 
-def test_far_too_little_memory_is_a_sentence(tmp_path):
+def test_far_too_little_memory_is_refused_before_anything_is_loaded(tmp_path):
     outcome = command("run", *OPTIONS, "--gpus-per-actor", 0.0005, "--actors", 1, "--output-dir", tmp_path / "run")
-    assert outcome.code == 2 and "out of memory" in outcome.err.split("Error: ")[1] and "the same command goes on" in outcome.err
+    assert outcome.code == 2 and "even with activations on disk" in outcome.err.split("Error: ")[1] and "sample" not in outcome.err
