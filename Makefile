@@ -2,7 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 
-.PHONY: demo test parity bench lint wheel clean
+.PHONY: demo test test-all parity bench lint wheel clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -15,6 +15,9 @@ demo: .venv/ready
 test: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/python -m pytest
+
+test-all: .venv/ready
+	$(BIN)/python -m pytest -m 'slow or not slow' --deselect tests/test_parity.py
 
 parity: .venv/ready
 	$(BIN)/python -m pytest tests/test_parity.py -m 'slow or not slow' -n 1

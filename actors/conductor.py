@@ -25,7 +25,7 @@ from pipeline.errors import UserError
 from pipeline.files import remove_leftovers
 from pipeline.perplexity import Perplexity
 from pipeline.preflight import Source, router_shapes
-from pipeline.storage import Storage
+from pipeline.storage import FOLDER, Storage
 from pipeline.timeline import Clock, write_profile
 from pipeline.windows import Windows
 
@@ -88,8 +88,6 @@ class Conductor:
         job, run = jobs[0]
         if not any(directory.missing_layers() for _, directory in jobs):
             return
-        for _, directory in jobs:
-            remove_leftovers(directory.path / "layers")
         for seat in self.crew.seats:
             seat.block = -1  # its windows may be an earlier job's
         way = DensePropagation if job.propagation == "dense" else SparsePropagation
@@ -99,6 +97,8 @@ class Conductor:
             stages.expand(jobs)
         else:
             stages.expand(self.known)
+        for _, directory in jobs:
+            remove_leftovers(directory.path / FOLDER)  # of actors that were killed
         self.usage = usage(before, self.crew.counts(), time.monotonic() - start)
 
     def assemble(self, job: Job, source: Source, architecture: Architecture, storage: Storage, target: Path) -> dict[str, str]:

@@ -115,7 +115,8 @@ class Timing:
         write = self.write_seconds()
         return self._around({
             "capture": blocks * capture, "cluster": blocks * cluster, "solve": blocks * solve, "propagate": blocks * propagate,
-            "write": write + (blocks - 1) * max(0.0, write - capture - cluster - solve),  # beside the next block, but for the last
+            # Beside the blocks that follow, but for the last; the actors take turns.
+            "write": write + (blocks - 1) * max(0.0, write / self.cluster.actors - capture - cluster - solve),
         })
 
     def dense(self) -> dict[str, float]:

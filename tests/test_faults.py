@@ -5,6 +5,7 @@ The driver runs here; what is done to its actors is done to real processes, at t
 later.
 """
 
+import contextlib
 import os
 import random
 import re
@@ -76,11 +77,15 @@ def assert_nothing_is_left(directory: Path) -> None:
     assert not actors_of(os.getpid()), "actors outlive their job"
 
 
+STAGES = [("capture", 1), ("cluster", 1), ("solve", 1), ("propagate", 2), ("write", 2), ("cluster", 3), ("solve", 3), ("assemble", 1), ("evaluate expanded", 1),
+          ("evaluate expanded", 3), ("evaluate dense", 2)]
+FEW = [("cluster", 1), ("solve", 2), ("evaluate expanded", 2)]
+
+
 @pytest.mark.usefixtures("one_ray")
-def test_actors_killed_at_every_stage(job, undisturbed, saboteur, tmp_path):
+@pytest.mark.parametrize("stages", [FEW, pytest.param(STAGES, marks=pytest.mark.slow)], ids=["few", "every stage"])
+def test_actors_killed(stages, job, undisturbed, saboteur, tmp_path):
     """One of two actors, each time at another stage: a new one takes its place, and the other one keeps what it has."""
-    stages = [("capture", 1), ("cluster", 1), ("solve", 1), ("propagate", 2), ("write", 2), ("cluster", 3), ("solve", 3), ("assemble", 1),
-              ("evaluate expanded", 1), ("evaluate expanded", 3), ("evaluate dense", 2)]
     saboteur.at = {stage: lambda place=place: kill(place) for place, stage in enumerate(stages)}
     result = run(*job, "--actors", 2, "--output-dir", tmp_path / "run")
     assert saboteur.done == sorted(stages, key=saboteur.done.index) and not saboteur.at
@@ -90,6 +95,7 @@ def test_actors_killed_at_every_stage(job, undisturbed, saboteur, tmp_path):
     assert_nothing_is_left(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_ray")
 def test_actors_killed_while_blocks_are_made_apart(job, saboteur, tmp_path):
     """With dense propagation: while the windows flow from actor to actor, in the middle of a block, and while shards are written."""
@@ -102,6 +108,7 @@ def test_actors_killed_while_blocks_are_made_apart(job, saboteur, tmp_path):
     assert_nothing_is_left(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_ray")
 def test_a_hung_actor_is_replaced(job, undisturbed, saboteur, tmp_path):
     """Stopped in the middle of its work, it neither ends nor answers."""
@@ -113,6 +120,7 @@ def test_a_hung_actor_is_replaced(job, undisturbed, saboteur, tmp_path):
     assert_nothing_is_left(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("one_ray")
 def test_an_actor_that_always_dies_ends_the_job_with_a_sentence(job, undisturbed, saboteur, tmp_path):
     def again() -> None:
@@ -128,22 +136,25 @@ def test_an_actor_that_always_dies_ends_the_job_with_a_sentence(job, undisturbed
 
 
 @pytest.mark.usefixtures("one_ray")
-def test_a_full_disk(job, undisturbed, tmp_path):
+def test_a_full_disk(job, undisturbed, saboteur, tmp_path):
     """Full while an actor writes a shard, and again while the driver assembles the model; with room the same command goes on."""
-    small = tmp_path / "small"
+    small, saboteur.delay = tmp_path / "small", 0
     small.mkdir()
-    layer, whole = ((undisturbed[0] / "layers" / "layer_000.safetensors").stat().st_size, sum(file.stat().st_size for file in undisturbed[0].rglob("*") if file.is_file()))
-    model = sum(file.stat().st_size for file in (undisturbed[0] / "model").iterdir())
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={whole - model - layer}", "none", small], capture_output=True).returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "none", small], capture_output=True).returncode:
         pytest.skip("a small file system cannot be mounted here")
+
+    def fill() -> None:
+        with contextlib.suppress(OSError), open(small / "ballast", "wb", buffering=0) as ballast:
+            while ballast.write(bytes(4096)):
+                pass
+
     try:
-        outcome = command("run", *job, "--output-dir", small / "run")
-        assert outcome.code == 2 and "Error: Write layer" in outcome.err and "cannot be written: No space left on device; what is finished stays" in outcome.err
-        assert len(outcome.err.split("Error: ")[1].splitlines()) == 1
-        subprocess.run(["mount", "-o", f"remount,size={whole - model // 2}", small], check=True)
-        outcome = command("run", *job, "--output-dir", small / "run")
-        assert outcome.code == 2 and f"{small}/run/model.tmp-new/" in outcome.err and "No space left on device" in outcome.err
-        subprocess.run(["mount", "-o", "remount,size=100%", small], check=True)
+        for stage, file in ((("solve", 1), "run/layers/layer_000.safetensors.tmp-"), (("assemble", 1), "run/model.tmp-new/")):
+            saboteur.at = {stage: fill}
+            outcome = command("run", *job, "--output-dir", small / "run")
+            assert outcome.code == 2 and "No space left on device; what is finished stays" in outcome.err and f"{small}/{file}" in outcome.err, outcome.err
+            assert len(outcome.err.split("Error: ")[1].splitlines()) == 1
+            (small / "ballast").unlink()
         assert run(*job, "--output-dir", small / "run")["layers_resumed"] == LAYERS
         assert shard_hashes(small / "run") == shard_hashes(undisturbed[0])
         assert not list(small.rglob("*.tmp-*"))

@@ -76,6 +76,7 @@ def blind_node(cluster, tmp_path):
     wait_for_cpus(1)
 
 
+@pytest.mark.slow
 def test_a_node_that_sees_no_files(blind_node, undisturbed, tmp_path):
     """Neither the model nor the run directory: weights and shards travel through the object store; resumed there, finished shards do, too. With
     --storage the shards are written where they are made."""

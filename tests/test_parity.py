@@ -29,6 +29,7 @@ def test_dense_llama(shared):
     assert result["windows"] == 128 and result["window_length"] == 512
 
 
+@pytest.mark.slow
 def test_dense_and_one_expert(shared, tmp_path):
     result = parity(shared, tmp_path, 1, "0.8")
     assert result["dense_perplexity"] == pytest.approx(DENSE["pythia-mini"], rel=1e-3)

@@ -215,6 +215,7 @@ def test_12b_on_cards_of_24_gb(weightless):
     assert four["least_device_bytes"] < four["device_has_bytes"] and sum(four["activation_bytes"].values()) < sum(one["activation_bytes"].values())
 
 
+@pytest.mark.slow
 def test_on_the_cluster_at_hand(tmp_path, one_ray):
     """A short measurement, then figures of this very machine."""
     save_tiny(tmp_path / "model")

@@ -151,6 +151,7 @@ def test_submit_interrupt_cancel_and_submit_again(head, dropping, tmp_path):
         assert not [file for file in kept if secret.encode() in file.read_bytes()], f"{name} is written"
 
 
+@pytest.mark.slow
 def test_exit_codes(head):
     """What the job itself finds wrong is its exit code; a job that is left alone, or has ended, can be cancelled."""
     failed = head.run("submit", "--address", head.jobs, "--", "eval", "--model", "/only/there", "--eval-dataset", "self")
@@ -178,7 +179,7 @@ CASES = {
     "option's value": ("--address http://127.0.0.1:9 -- run --model demo --sparsity 2", "--sparsity is '2'; allowed is a fraction"),
     "option's name": (f"--address http://127.0.0.1:9 {RUN} --sparsety 0.5", "No such option: --sparsety"),
     "no such config": (f"--address http://127.0.0.1:9 {RUN} --config no.yaml", "--config no.yaml is no file on this machine"),
-    "demo": ("--address http://127.0.0.1:9 demo", "'demo' cannot be submitted; allowed is run or eval"),
+    "demo": ("--address http://127.0.0.1:9 demo", "'demo' cannot be submitted; allowed is run or plan or eval or sweep"),
     "relative output": ("--address http://127.0.0.1:9 run --model demo --output-dir a", "--output-dir is a; for a submitted job allowed is an absolute path"),
     "output elsewhere": ("--address http://127.0.0.1:9 run --model demo --output-dir s3://a/b", "--output-dir is s3://a/b; for a submitted job"),
     "default output": ("--address http://127.0.0.1:9 run --model demo", "--output-dir is None; for a submitted job allowed is an absolute path"),

@@ -137,6 +137,7 @@ def test_plot_of_seeds_and_bits():
     assert figure.axes[0].get_yscale() == "log" and "least to greatest of the seeds" in [text.get_text() for text in figure.legends[0].get_texts()]
 
 
+@pytest.mark.slow
 def test_seeds_bits_and_storage(tmp_path):
     """Windows sampled from the model: once for each seed and kind, in the storage that is given a place for each job. Again without Ray."""
     model = make_inputs(tmp_path)[1]
@@ -177,6 +178,7 @@ def test_only_what_is_missing_is_made(job, finished, swept):
     assert before.items() <= after.items()
 
 
+@pytest.mark.slow
 def test_a_killed_driver(job, swept, tmp_path):
     """In the pass of the jobs that go through the blocks together, after another was finished."""
     process = start_command("sweep", *job, *GRID, "--output-dir", tmp_path / "sweep")
@@ -193,6 +195,7 @@ def test_a_killed_driver(job, swept, tmp_path):
     assert not list((tmp_path / "sweep").rglob("*.tmp-*"))
 
 
+@pytest.mark.slow
 def test_never_starts_over(job, finished, swept):
     options = (*job[:6], "--num-clusters", 1, "--pca-reduction-factor", 4, "--kmeans-restarts", 2, "--threads", 1)
     outcome = sweep(*options, "--output-dir", finished, "--resume", "never")
@@ -200,6 +203,7 @@ def test_never_starts_over(job, finished, swept):
     assert shard_hashes(finished / "0.5-k1") == shard_hashes(swept[0] / "0.5-k1")
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_does_not_keep_the_others(job, tmp_path, monkeypatch):
     """Together they fail, so each gets a turn of its own; the one that fails again is named."""
     expand = Conductor.expand
