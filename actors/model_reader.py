@@ -39,7 +39,8 @@ class ModelReader:
         if index in self._ahead or index >= self._num_blocks:
             return
         owner = self.owner(index)
-        self._ahead[index] = owner.actor.publish.remote(index) if owner.sees_model else self._driver.submit(lambda: ray.put(pack_all(self._model.block_weights(index))))
+        able = owner.sees_model and owner.block >= 0  # it has opened the model
+        self._ahead[index] = owner.actor.publish.remote(index) if able else self._driver.submit(lambda: ray.put(pack_all(self._model.block_weights(index))))
 
     def take(self, index: int) -> ray.ObjectRef:
         """A block's weights; nobody keeps them but those who are handed them."""
