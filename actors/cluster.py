@@ -25,6 +25,10 @@ class CrewSize:
     gpus: float  # 1, or less where several actors share a GPU
     threads: int  # that an actor computes with; its share of the CPUs, or fewer if so asked
 
+    @property
+    def device_type(self) -> str:
+        return "cuda" if self.gpus else "cpu"
+
     def of(self, actors: int) -> "CrewSize":
         return replace(self, actors=actors)
 

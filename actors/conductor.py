@@ -1,10 +1,8 @@
 """The driver's part of a job: a crew of actors, and what it does stage by stage. What is left on disk decides what runs next."""
 
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
 
 from torch import Tensor
 
@@ -29,8 +27,6 @@ from pipeline.storage import FOLDER, Storage
 from pipeline.timeline import Clock, write_profile
 from pipeline.windows import Windows
 
-T = TypeVar("T")
-
 
 class Conductor:
     """Runs jobs over a crew of actors. `clock` has the seconds by stage. stall_limit: `Crew.limit`."""
@@ -50,7 +46,10 @@ class Conductor:
     def start(self) -> None:
         """A crew that answers."""
         with self.clock.timed("start"):
-            self._again_if_lost(START, self.crew.start)
+            try:
+                self.crew.start()
+            except Lost as lost:
+                self.crew.recover(lost, START)
 
     def stop(self) -> None:
         """The end of the job."""
@@ -61,19 +60,14 @@ class Conductor:
         """Write where the time went; returns the table of stages."""
         return write_profile(directory, self.clock.spans + actor_spans(self.crew.workers, self.clock.spans))
 
-    def _again_if_lost(self, where: str, work: Callable[[], T]) -> T:
-        while True:
-            try:
-                return work()
-            except Lost as lost:
-                self.crew.recover(lost, where)
-                if work == self.crew.start:
-                    return None
-
     def sample(self, source: Source, count: int, length: int, seed: int) -> Tensor:
         with self.clock.timed("sample"):
             self.reporter.stage("sample windows", f"{count} of {length} tokens")
-            return self._again_if_lost("sample windows", lambda: self._sample(source, count, length, seed))
+            while True:
+                try:
+                    return self._sample(source, count, length, seed)
+                except Lost as lost:
+                    self.crew.recover(lost, "sample windows")
 
     def _sample(self, source: Source, count: int, length: int, seed: int) -> Tensor:
         look(self.crew, self.crew.seats, None, source.directory, source.fingerprint)

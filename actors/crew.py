@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import GetTimeoutError, ObjectLostError, RayActorError, RayError, RayTaskError
 
 from actors.cluster import CrewSize, capacity, stop_actors
-from actors.layer_shard import LayerShard, Place, Share
+from actors.layer_shard import LayerShard, Place
 from actors.metrics import Counts
 from actors.progress import Reporter
 from actors.secrets import secrets_here
@@ -39,8 +39,7 @@ class Lost(Exception):
 class Seat:
     """One place in the crew; its actor may be replaced.
 
-    share: its calibration windows. block: which block's inputs they are (-1: not handed over yet). captured, settled: how far
-    this actor is with that block.
+    block: which block's inputs its windows are (-1: not handed over yet). captured, settled: how far this actor is with that block.
     """
 
     rank: int
@@ -48,7 +47,6 @@ class Seat:
     place: Place | None = None
     sees_run: bool = True
     sees_model: bool = True
-    share: Share | None = None
     block: int = -1
     captured: bool = False
     settled: bool = False

@@ -54,7 +54,7 @@ class DensePropagation(Stages):
     def _flow(self, missing: list[int]) -> list[_Stretch]:
         """Every actor's windows are the inputs of its first block."""
         stretches = [_Stretch(seat, list(blocks)) for seat, blocks in zip(self.crew.seats, deal(missing, len(self.crew.seats))) if blocks]
-        groups = self.windows.groups(self.device_type)
+        groups = self.windows.groups(self.crew.size.device_type)
         self._begin([stretch.seat for stretch in stretches])
         self.where = "dense pass"
         self.reporter.stage("dense pass", f"{self.source.num_blocks} layers")
@@ -75,7 +75,7 @@ class DensePropagation(Stages):
         return stretches
 
     def _begin(self, seats: list[Seat]) -> None:
-        groups = self.windows.groups(self.device_type)
+        groups = self.windows.groups(self.crew.size.device_type)
         share = Share(dict(enumerate(groups)), [ids_WL.numel() for ids_WL in groups], alone=True)
         self.begin([(seat, share) for seat in seats])
 

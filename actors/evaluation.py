@@ -62,7 +62,7 @@ class Evaluation:
         seats = self.crew.seats
         if new := [seat for seat in seats if seat.block < 0]:
             look(self.crew, new, self.run, self.directory, Checkpoint(self.directory).fingerprint())
-            groups = self.windows.groups("cuda" if self.crew.size.gpus else "cpu")
+            groups = self.windows.groups(self.crew.size.device_type)
             shares = deal(list(enumerate(groups)), len(seats))
             self.crew.ask([(seat, seat.actor.begin_evaluation.remote(self.reader.files_for(seat), dict(shares[seat.rank]))) for seat in new], self.where)
             for seat in new:

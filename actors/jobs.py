@@ -65,7 +65,7 @@ def conducted(job: Job, source: Source, steps: float) -> Iterator["Conductor"]:
         from actors.conductor import Conductor  # `connected` has loaded it, and with it all that computes
 
         crew = size_crew(job.actors, job.threads, job.gpus_per_actor)
-        dtype = job.dtype_on("cuda" if crew.gpus else "cpu", source.checkpoint_dtype)
+        dtype = job.dtype_on(crew.device_type, source.checkpoint_dtype)
         bar = Bar(steps, job.verbose)
         conductor = Conductor(crew, dtype, bar, job.verbose, job.stall_limit)
         try:

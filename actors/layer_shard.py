@@ -92,6 +92,7 @@ class Share:
 
 Made = tuple[int, int]  # a block in the making: number of the job (0 where there is one), index of the block
 
+
 def beside(method: Callable) -> Callable:
     """Of a call that reads or writes files beside those that compute: the next block's weights while this block is solved, a
     block's shard while the next one goes on."""
@@ -235,8 +236,7 @@ class LayerShard:
     @computes
     def project(self, router: int, axes: Wire | None, *sums: Tensor) -> Wire | None:
         """This actor's tokens as KMeans sees them, for the others."""
-        mean_C, axes_DC = (None, None) if axes is None else (self._mean(sums), unpack(axes, self.device))
-        own_ND = self.own["points"][router] = routing.points(self._inputs(router), self.share.sizes, mean_C, axes_DC, self.device)
+        own_ND = self.own["points"][router] = routing.points(self._inputs(router), self.share.sizes, *self._components(axes, sums), self.device)
         return None if self.share.alone else self._send(own_ND)
 
     @computes
@@ -255,8 +255,7 @@ class LayerShard:
         if winner is None:
             fitted = routing.one_cluster(sum(self.share.tokens), self._inputs(router).shape[1], self.device)
         else:
-            mean_C, axes_DC = (None, None) if axes is None else (self._mean(sums), unpack(axes, self.device))
-            fitted = routing.as_routing(mean_C, axes_DC, winner, self.device)
+            fitted = routing.as_routing(*self._components(axes, sums), winner, self.device)
         return self._fitted(fitted, self.job)
 
     def _fitted(self, fitted: routing.Routing, job: Job) -> dict:
@@ -270,6 +269,10 @@ class LayerShard:
 
     def _mean(self, sums: Sequence[Tensor]) -> Tensor:
         return principal.mean_of([part_GC.to(self.device) for part_GC in sums], sum(self.share.tokens))
+
+    def _components(self, axes: Wire | None, sums: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
+        """Mean and principal axes; neither without PCA."""
+        return (None, None) if axes is None else (self._mean(sums), unpack(axes, self.device))
 
     # Its experts
 
@@ -394,7 +397,6 @@ class LayerShard:
         assert all(kept.at == index for kept in self.hidden.values()), "windows are at another block"
         with clock.timed("capture"):
             self._capture(index, found[-1])
-            self.meter.add("tokens", sum(self.share.sizes))
         results = [{"fitted": [], "tasks": [], "reports": [], "seconds": {}} for _ in jobs]
         for number in range(len(jobs)):
             self.solved[number, index] = {}

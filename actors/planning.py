@@ -81,7 +81,7 @@ def plan(job: Job, described: Described) -> dict:
     else:
         with connected(job.address, job.verbose):
             crew = size_crew(job.actors, job.threads, job.gpus_per_actor)
-            work = work_of(job, source, "cuda" if crew.gpus else "cpu")
+            work = work_of(job, source, crew.device_type)
             cluster, rates = _measured(crew, job)
     made = estimate(work, cluster, rates)
     found = problems(made)

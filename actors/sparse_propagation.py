@@ -151,7 +151,7 @@ class SparsePropagation(Stages):
             axes = {router: decider.actor.axes.remote(router, *parts[router]) for router, decider in deciders.items()}
         projected = {router: [seat.actor.project.remote(router, axes[router], *sums[router]) for seat in seats] for router in routers}
         tokens = self.windows.count * self.windows.length
-        tournaments = {router: Tournament(tokens, job.num_clusters, job.kmeans_restarts, job.seed, self.device_type) for router in routers}
+        tournaments = {router: Tournament(tokens, job.num_clusters, job.kmeans_restarts, job.seed, self.crew.size.device_type) for router in routers}
         while any(tournament.entries for tournament in tournaments.values()):
             self._play_round(tournaments, projected)
         return self.ask([(decider, decider.actor.route.remote(router, tournaments[router].winner, axes[router], *sums[router]))

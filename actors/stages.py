@@ -44,10 +44,6 @@ class Stages:
         self.writings: list[Writing] = []  # blocks on their way to disk, in order
         self.where = START
 
-    @property
-    def device_type(self) -> str:
-        return "cuda" if self.crew.size.gpus else "cpu"
-
     def layer(self, index: int) -> str:
         return f"layer {index + 1} of {self.source.num_blocks}"
 
@@ -75,7 +71,7 @@ class Stages:
 
     def shares(self) -> list[Share]:
         """Each actor's consecutive window groups."""
-        groups = self.windows.groups(self.device_type)
+        groups = self.windows.groups(self.crew.size.device_type)
         tokens = [ids_WL.numel() for ids_WL in groups]
         actors = len(self.crew.seats)
         return [Share(dict(share), tokens, actors == 1) for share in deal(list(enumerate(groups)), actors)]
@@ -90,8 +86,8 @@ class Stages:
             self.where = "embed"
             self.ask([(seat, seat.actor.begin.remote(self.job, self.reader.files_for(seat), self.architecture, share, self._host_bytes(seat),
                                                      self.run.path if seat.sees_run else None)) for seat, share in shares])
-        for seat, share in shares:
-            seat.share, seat.block, seat.captured, seat.settled = share, 0, False, False
+        for seat, _ in shares:
+            seat.block, seat.captured, seat.settled = 0, False, False
 
     def _host_bytes(self, seat: Seat) -> float:
         return host_bytes(seat.place.node, sum(other.place.node == seat.place.node for other in self.crew.seats))

@@ -32,9 +32,6 @@ class Kept:
     def __init__(self, tensor: Tensor, place: str = DEVICE, at: int = 0):
         self.tensor, self.place, self.at = tensor, place, at
 
-    def __len__(self) -> int:
-        return len(self.tensor)
-
 
 class Shelf:
     """device_bytes, host_bytes: how much may be kept there. folder: for the files, which have no name there (a process
