@@ -29,6 +29,11 @@ class CrewSize:
     def device_type(self) -> str:
         return "cuda" if self.gpus else "cpu"
 
+    @property
+    def runs_at_once(self) -> int:
+        """KMeans runs that one actor makes at a time."""
+        return 1 if self.gpus else self.threads
+
     def of(self, actors: int) -> "CrewSize":
         return replace(self, actors=actors)
 

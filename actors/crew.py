@@ -19,6 +19,7 @@ from actors.metrics import Counts
 from actors.progress import Reporter
 from actors.secrets import secrets_here
 from pipeline.errors import UserError, for_the_user
+from pipeline.loans import LoanError
 
 PATIENCE = 0.5  # seconds between two looks
 START_SECONDS = 600  # that processes, imports and the first use of a GPU may take
@@ -39,7 +40,7 @@ class Lost(Exception):
 class Seat:
     """One place in the crew; its actor may be replaced.
 
-    block: which block's inputs its windows are (-1: not handed over yet). captured, settled: how far this actor is with that block.
+    borrows: from the GPUs of all others on its machine. block: which block's inputs its windows are (-1: not handed over yet). captured, settled: how far this actor is with that block.
     """
 
     rank: int
@@ -47,6 +48,7 @@ class Seat:
     place: Place | None = None
     sees_run: bool = True
     sees_model: bool = True
+    borrows: bool = False
     block: int = -1
     captured: bool = False
     settled: bool = False
@@ -103,6 +105,23 @@ class Crew:
         for seat, place in zip(new, places):
             seat.place = place
             self.workers[place.worker] = seat.rank
+        self._find_lenders()
+
+    def _find_lenders(self) -> None:
+        if not self.size.gpus or len(self.seats) < 2:
+            return
+        offers = self.ask([(seat, seat.actor.offer.remote()) for seat in self.seats], START)
+        by_node = {seat.place.node: [] for seat in self.seats}
+        for seat, offer in zip(self.seats, offers):
+            by_node[seat.place.node].append(offer)
+        found = self.ask([(seat, seat.actor.borrows.remote([other for other in by_node[seat.place.node] if other != offer])) for seat, offer in zip(self.seats, offers)], START)
+        for seat, offer, can in zip(self.seats, offers, found):
+            seat.borrows = can and offer is not None
+
+    @staticmethod
+    def near(seats: Sequence[Seat]) -> bool:
+        """Can these actors borrow from each other's GPUs?"""
+        return all(seat.borrows and seat.place.node == seats[0].place.node for seat in seats)
 
     def _check_room(self) -> None:
         """A node that is gone takes a while to be known as such; an actor meant for it would wait for ever."""
@@ -182,7 +201,7 @@ class Crew:
         cause = error
         while isinstance(cause, RayTaskError) and cause.cause is not None and cause.cause is not cause:
             cause = cause.cause
-        if isinstance(cause, (RayActorError, ObjectLostError)) or isinstance(error, (RayActorError, ObjectLostError)):
+        if isinstance(cause, (RayActorError, ObjectLostError, LoanError)) or isinstance(error, (RayActorError, ObjectLostError)):
             return Lost(self._gone(), str(error))
         return for_the_user(cause, where) or error
 

@@ -22,7 +22,7 @@ UNWRITTEN = 1  # finished blocks that may wait for the disk on an actor while it
 
 @dataclass
 class _Stretch:
-    """The blocks of one actor. left: still to be made. at: whose inputs its windows are. busy: with the first of `left`.
+    """The blocks of one actor. left: still to be made. at: the block that its windows enter next. busy: with the first of `left`.
     writing: made, and on their way to disk."""
 
     seat: Seat
@@ -109,7 +109,8 @@ class DensePropagation(Stages):
         index = stretch.left[0]
         between = list(range(stretch.at, index))
         jobs = [job for job, _ in self.jobs]
-        ref = stretch.seat.actor.expand_alone.remote(index, jobs, between, *self._weights(stretch.seat, [*between, index]))
+        more = len(stretch.left) > 1
+        ref = stretch.seat.actor.expand_alone.remote(index, jobs, between, more, *self._weights(stretch.seat, [*between, index]))
         waiting[ref] = stretch.seat
         stretch.busy = True
         self.where = f"expand {self.layer(index)}"
@@ -118,7 +119,7 @@ class DensePropagation(Stages):
     def _made(self, stretch: _Stretch, results: list[dict]) -> None:
         """A block is made: its shards, one for each job, go to disk."""
         index = stretch.left.pop(0)
-        stretch.at, stretch.busy = index, False
+        stretch.at, stretch.busy = index + 1, False
         for number, ((_, run), result) in enumerate(zip(self.jobs, results)):
             tasks, made = result["tasks"], (number, index)
             if index not in run.missing_layers():

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from actors.metrics import Counts, Meter
-from actors.wire import Wire, pack, unpack, unpack_all
+from actors.wire import Outbox, Wire, unpack, unpack_all
 from pipeline import principal, routing
 from pipeline.activations import Kept, Shelf, room
 from pipeline.architectures import Architecture
@@ -28,6 +28,7 @@ from pipeline.devices import device_name, prepare_device
 from pipeline.errors import UserError
 from pipeline.expansion import TokensByExpert, advance, capture, fit_router, propagate, solve_experts
 from pipeline.footprint import shape_of, working_bytes
+from pipeline.loans import Handle, LoanError, borrow
 from pipeline.modeling_sparse_expansion import router_name
 from pipeline.perplexity import window_losses
 from pipeline.routing import Entry, Run, Tournament
@@ -91,6 +92,8 @@ class Share:
 
 
 Made = tuple[int, int]  # a block in the making: number of the job (0 where there is one), index of the block
+OFFERED = 64  # numbers in the offer by which actors find out whether they can borrow
+ROUTERS, TOKENS = "routers", "tokens"  # what is lent for the routers of a block until they are fitted, and for its experts until they are solved
 
 
 def beside(method: Callable) -> Callable:
@@ -131,6 +134,7 @@ class LayerShard:
         self.device = prepare_device(gpu_share if ray.get_gpu_ids() else 0, threads)
         self.dtype = getattr(torch, dtype)
         self.meter, self.shelf = Meter(rank), Shelf(self.device)
+        self.outbox = Outbox(self.meter)
 
     def environ(self, secrets: dict[str, str]) -> None:
         """Keys that this process needs. By a call, since what Ray starts an actor with is stored and shown."""
@@ -151,7 +155,24 @@ class LayerShard:
 
     @ray.method(concurrency_group="pulse")
     def pulse(self) -> Counts:
-        return replace(self.meter.counts, doing=dict(self.meter.counts.doing), activations=self.shelf.bytes_by_place())
+        peak = torch.cuda.max_memory_allocated() + self.outbox.most if self.device.type == "cuda" else 0
+        return replace(self.meter.counts, doing=dict(self.meter.counts.doing), activations=self.shelf.bytes_by_place(), device_peak=peak)
+
+    @ray.method(concurrency_group="pulse")
+    def offer(self) -> Handle | None:
+        """Something for `borrows`; None where nothing can be lent."""
+        try:
+            return self.outbox.send(torch.arange(OFFERED, device=self.device), OFFERED)
+        except LoanError:
+            return None
+
+    @ray.method(concurrency_group="pulse")
+    def borrows(self, offers: list[Handle | None]) -> bool:
+        """Can this actor read the GPU memory of those that made these offers?"""
+        try:
+            return all(offer is not None and borrow(offer).tolist() == list(range(OFFERED)) for offer in offers)
+        except LoanError:
+            return False
 
     @computes
     def warm_up(self, job: Job) -> None:
@@ -169,7 +190,9 @@ class LayerShard:
         """Take over a share of the calibration windows and embed them. host_bytes: for activations in host memory. folder: for
         those on disk."""
         self.block = self.captured = self.sorted = self.labels = None  # of an earlier job: its room is wanted
-        self.shelf, self.hidden = Shelf(self.device), {}
+        self.shelf, self.hidden, self.outbox = Shelf(self.device), {}, Outbox(self.meter)
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
         self.job, self.architecture, self.groups, self.share = job, architecture, architecture.router_groups, share
         self.model = files.open(self.dtype, self.device)
         self.model.load_shell()
@@ -189,14 +212,7 @@ class LayerShard:
     @beside
     def publish(self, index: int) -> dict:
         """The dense weights of a block of this actor's own, for every actor."""
-        return self._send_all(self.model.block_weights(index))
-
-    def _send(self, tensor: Tensor) -> Wire:
-        self.meter.add("bytes_sent", tensor.nbytes)
-        return pack(tensor)
-
-    def _send_all(self, tensors: dict[str, Tensor]) -> dict[str, Wire]:
-        return {name: self._send(tensor) for name, tensor in tensors.items()}
+        return self.outbox.send_all(self.model.block_weights(index))
 
     @computes
     def capture(self, index: int, weights: dict) -> None:
@@ -204,9 +220,9 @@ class LayerShard:
         self.solved[0, index] = {}
         self._capture(index, unpack_all(weights))
 
-    def _capture(self, index: int, weights: dict[str, Tensor] | None) -> None:
+    def _capture(self, index: int, weights: dict[str, Tensor] | None, besides: str = "attention") -> None:
         self.block = self.model.load_block(index, weights)
-        self.captured = capture(self.model, self.block, index, self.hidden, self.architecture, self.shelf)
+        self.captured = capture(self.model, self.block, index, self.hidden, self.architecture, self.shelf, besides)
         self.meter.add("tokens", sum(self.share.sizes))
 
     # A router, of all actors' tokens
@@ -216,28 +232,29 @@ class LayerShard:
         return principal.token_sums(self._inputs(router), self.share.sizes, self.device).cpu()
 
     @computes
-    def scatter(self, router: int, *sums: Tensor) -> dict[tuple[int, int], Wire]:
-        """This actor's sums for the principal axes, for the one that decomposes them."""
+    def scatter(self, router: int, near: bool, *sums: Tensor) -> dict[tuple[int, int], Wire]:
+        """This actor's sums for the principal axes, for the one that decomposes them. near, here and below: everybody that they
+        are for is on this machine and can borrow from its GPU."""
         parts = principal.scatter_parts(self._inputs(router), self.share.sizes, self.share.first, len(self.share.tokens), self._mean(sums), self.device)
         if self.share.alone:
             self.own["parts"][router] = parts
             return {}
-        return {node: self._send(part_CC) for node, part_CC in parts.items()}
+        return self.outbox.send_all(parts, ROUTERS if near else None)
 
     @computes
     def axes(self, router: int, *parts: dict) -> Wire:
         """The principal axes; `parts`: everybody's of `scatter`."""
         components, groups, tokens = self.job.components(self._inputs(router).shape[1]), len(self.share.tokens), sum(self.share.tokens)
         if self.share.alone:
-            return self._send(principal.leading_axes(self.own["parts"].pop(router), groups, tokens, components, self.job.seed))
+            return self.outbox.send(principal.leading_axes(self.own["parts"].pop(router), groups, tokens, components, self.job.seed))
         sent = {node: wire for part in parts for node, wire in part.items()}
-        return self._send(principal.leading_axes(sent, groups, tokens, components, self.job.seed, lambda wire: unpack(wire, self.device).clone()))
+        return self.outbox.send(principal.leading_axes(sent, groups, tokens, components, self.job.seed, lambda wire: unpack(wire, self.device).clone()))
 
     @computes
-    def project(self, router: int, axes: Wire | None, *sums: Tensor) -> Wire | None:
+    def project(self, router: int, axes: Wire | None, near: bool, *sums: Tensor) -> Wire | None:
         """This actor's tokens as KMeans sees them, for the others."""
         own_ND = self.own["points"][router] = routing.points(self._inputs(router), self.share.sizes, *self._components(axes, sums), self.device)
-        return None if self.share.alone else self._send(own_ND)
+        return None if self.share.alone else self.outbox.send(own_ND, ROUTERS if near else None)
 
     @computes
     def play(self, router: int, tournament: Tournament, entries: Sequence[Entry], *elsewhere: Wire) -> list[Run]:
@@ -260,7 +277,7 @@ class LayerShard:
 
     def _fitted(self, fitted: routing.Routing, job: Job) -> dict:
         return {
-            "tensors": self._send_all({"weight": fitted.weight_EC, "bias": fitted.bias_E}), "inertia": fitted.inertia, "labels": self._send(fitted.labels_N),
+            "tensors": self.outbox.send_all({"weight": fitted.weight_EC, "bias": fitted.bias_E}), "inertia": fitted.inertia, "labels": self.outbox.send(fitted.labels_N),
             "counts": torch.bincount(fitted.labels_N.long(), minlength=job.num_clusters).tolist(),
         }
 
@@ -279,6 +296,7 @@ class LayerShard:
     @computes
     def settle(self, fitted: list[dict]) -> None:
         """The block's routers are known: this actor's tokens are sorted by expert."""
+        self.outbox.take_back(ROUTERS)
         self.points.clear()
         self.own = {"parts": {}, "points": {}}
         self.counts = [fit["counts"] for fit in fitted]
@@ -286,9 +304,9 @@ class LayerShard:
         self.sorted = [TokensByExpert(self._inputs(router), labels_N, len(self.counts[router])) for router, labels_N in enumerate(self.labels)]
 
     @computes
-    def tokens_of(self, task: Task) -> dict[int, Wire]:
+    def tokens_of(self, task: Task, near: bool) -> dict[int, Wire]:
         """This actor's tokens of every expert of a task, for the actor that solves it."""
-        return {expert: self._send(self._tokens_of(task.router, expert)) for expert in task.experts}
+        return {expert: self.outbox.send(self._tokens_of(task.router, expert), TOKENS if near else None) for expert in task.experts}
 
     def _tokens_of(self, router: int, expert: int) -> Tensor:
         """All tokens for an expert that has none anywhere: it falls back to its layer's Hessian."""
@@ -317,23 +335,31 @@ class LayerShard:
                 for weights, reports in solve_experts(jobs, linears, list(task.experts), tokens_of, counts)]
 
     @computes
-    def experts(self, made: Made, task: Task) -> dict:
-        """The finished experts of a task, for the other actors or the driver."""
-        return self._send_all(self.solved[made][task])
+    def experts(self, made: Made, task: Task, near: bool) -> dict:
+        """The finished experts of a task, for the other actors."""
+        return self.outbox.send_all(self.solved[made][task], made if near else None)
+
+    @beside
+    def hand_over(self, made: Made, task: Task) -> dict:
+        """The finished experts of a task, for whoever writes them."""
+        return self.outbox.send_all(self.solved[made][task])
 
     def forget(self, made: Made) -> None:
         """A block is written: its experts are not needed any more."""
         self.solved.pop(made, None)
+        self.outbox.take_back(made)
 
     @beside
-    def write(self, storage: Storage, made: Made, fitted: list[dict], tasks: list[Task], *elsewhere: dict) -> str:
-        """Write a block's shard; returns its hash."""
-        weights = self._weights(made, tasks, elsewhere, torch.device("cpu"))
+    def write(self, storage: Storage, made: Made, fitted: list[dict], tasks: list[Task], elsewhere: list[ray.ObjectRef]) -> str:
+        """Write a block's shard; returns its hash. elsewhere: experts of others, which are waited for here, in a list: what an
+        actor is asked after a call that has to wait for its arguments waits with it."""
+        weights = self._weights(made, tasks, ray.get(elsewhere), torch.device("cpu"))
         return storage.write(made[1], shard_tensors(self.groups, weights, fitted_routers(fitted)))
 
     @computes
     def propagate(self, index: int, tasks: list[Task], *elsewhere: dict) -> None:
         """Send this actor's windows through the experts: the next block's inputs."""
+        self.outbox.take_back(TOKENS)
         weights = self._weights((0, index), tasks, elsewhere, self.device)
         propagate(self.model, self.block, index, self.hidden, self.architecture, weights, self.labels, self.captured.attention)
 
@@ -346,10 +372,10 @@ class LayerShard:
         experts = {path: tensors[f"{path}.weight"].to(self.device) for group in self.groups for path in group}
         propagate(self.model, block, index, self.hidden, self.architecture, experts, [labels_N[self.share.slice].to(self.device) for labels_N in labels])
 
-    def _weights(self, made: Made, tasks: list[Task], elsewhere: tuple[dict, ...], device: torch.device) -> dict[str, Tensor]:
+    def _weights(self, made: Made, tasks: list[Task], elsewhere: Sequence[dict], device: torch.device) -> dict[str, Tensor]:
         """Experts of all tasks in order (E, R, C) by path: this actor's own, and the others' in the order of the tasks."""
         others = iter(elsewhere)
-        found = [self.solved.get(made, {}).get(task) or unpack_all(next(others)) for task in tasks]
+        found = (self.solved.get(made, {}).get(task) or unpack_all(next(others)) for task in tasks)  # one at a time: they may come to the GPU
         return in_order(tasks, found, device)
 
     # Blocks that do not wait for each other (--propagation dense): this actor makes its own alone, from all windows
@@ -379,24 +405,28 @@ class LayerShard:
         hidden_WLH = kept.tensor
         for index, block in onwards:
             hidden_WLH = self.model.run(block, index, hidden_WLH)
-        return self._send(hidden_WLH), None
+        return self.outbox.send(hidden_WLH), None
 
     @computes
-    def expand_alone(self, index: int, jobs: list[Job], between: list[int], *weights: dict) -> list[dict]:
+    def expand_alone(self, index: int, jobs: list[Job], between: list[int], more: bool, *weights: dict) -> list[dict]:
         """Make a block's experts for several jobs of the same windows. What they have in common (what is captured, routers,
         Hessians, factors) is made once. Returns for each job its routers, tasks, reports and seconds; the weights stay here until
-        `forget`. between: dense blocks that the windows go through first. weights: of those and of this block, unless this
-        actor sees the model's files."""
+        `forget`. between: dense blocks that the windows go through first, but for the one that this actor made last. more: it
+        will make another one. weights: of those and of this block, unless this actor sees the model's files."""
         found = list(map(unpack_all, weights)) if weights else [None] * (len(between) + 1)
         self.loaded = {}
         clock = Clock()
         with clock.timed("advance"):
+            for group, left in (self.captured.outputs if self.captured else {}).items():
+                if self.hidden[group].at < left.at <= index:
+                    self.hidden[group].tensor.copy_(left.tensor)
+                    self.hidden[group].at = left.at
             for number, tensors in zip(between, found):
                 if any(kept.at == number for kept in self.hidden.values()):
                     advance(self.model, self.model.load_block(number, tensors), number, self.hidden)
         assert all(kept.at == index for kept in self.hidden.values()), "windows are at another block"
         with clock.timed("capture"):
-            self._capture(index, found[-1])
+            self._capture(index, found[-1], "outputs" if more else "")
         results = [{"fitted": [], "tasks": [], "reports": [], "seconds": {}} for _ in jobs]
         for number in range(len(jobs)):
             self.solved[number, index] = {}

@@ -43,9 +43,9 @@ class Writing:
         self.writer = writer
         if writer.sees_run:
             elsewhere = [experts for experts, solver in zip(self.experts, self.solvers) if solver is not writer]
-            self.written = writer.actor.write.remote(self.run.storage, self.made, self.fitted, self.tasks, *elsewhere)
+            self.written = writer.actor.write.remote(self.run.storage, self.made, self.fitted, self.tasks, elsewhere)
         else:
-            here = [experts or solver.actor.experts.remote(self.made, task) for task, solver, experts in zip(self.tasks, self.solvers, self.experts)]
+            here = [experts or solver.actor.hand_over.remote(self.made, task) for task, solver, experts in zip(self.tasks, self.solvers, self.experts)]
             self.written = driver.submit(_write, self.run.storage, self.made, self.groups, self.fitted, self.tasks, here)
 
     def is_done(self) -> bool:

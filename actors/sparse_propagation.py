@@ -13,8 +13,9 @@ import ray
 from actors.crew import Lost, Seat
 from actors.shards import Writing
 from actors.stages import Stages
-from pipeline.routing import Run, Tournament
-from pipeline.schedule import Task, assign, deal
+from actors.tournaments import play_all
+from pipeline.routing import Tournament
+from pipeline.schedule import Task, assign
 
 CAPTURE, CLUSTER, SOLVE, WRITE = 0.1, 0.3, 0.5, 0.1  # shares of a block's time, for the bar
 
@@ -139,7 +140,7 @@ class SparsePropagation(Stages):
 
     def _fit(self, index: int, routers: Sequence[int]) -> list[dict]:
         """Fit routers on everybody's tokens. Each has an actor that decomposes and decides; KMeans runs are dealt to all."""
-        seats, job = self.crew.seats, self.job
+        seats, job, near = self.crew.seats, self.job, self.crew.near(self.crew.seats)
         deciders = {router: seats[(index + router) % len(seats)] for router in routers}
         sums = {router: [] for router in routers}
         axes, projected = dict.fromkeys(routers), {}
@@ -147,32 +148,14 @@ class SparsePropagation(Stages):
             return self.ask([(decider, decider.actor.route.remote(router, None, None)) for router, decider in deciders.items()])
         if not job.no_pca:
             sums = {router: [seat.actor.sums.remote(router) for seat in seats] for router in routers}
-            parts = {router: [seat.actor.scatter.remote(router, *sums[router]) for seat in seats] for router in routers}
+            parts = {router: [seat.actor.scatter.remote(router, near, *sums[router]) for seat in seats] for router in routers}
             axes = {router: decider.actor.axes.remote(router, *parts[router]) for router, decider in deciders.items()}
-        projected = {router: [seat.actor.project.remote(router, axes[router], *sums[router]) for seat in seats] for router in routers}
+        projected = {router: [seat.actor.project.remote(router, axes[router], near, *sums[router]) for seat in seats] for router in routers}
         tokens = self.windows.count * self.windows.length
         tournaments = {router: Tournament(tokens, job.num_clusters, job.kmeans_restarts, job.seed, self.crew.size.device_type) for router in routers}
-        while any(tournament.entries for tournament in tournaments.values()):
-            self._play_round(tournaments, projected)
+        play_all(self.crew, self.where, tournaments, projected, {router: self.groups[router][1] for router in routers})
         return self.ask([(decider, decider.actor.route.remote(router, tournaments[router].winner, axes[router], *sums[router]))
                          for router, decider in deciders.items()])
-
-    def _play_round(self, tournaments: dict[int, Tournament], projected: dict[int, list[ray.ObjectRef]]) -> None:
-        seats, calls = self.crew.seats, []
-        for place, (router, tournament) in enumerate(tournaments.items()):
-            shares = deal(tournament.entries, len(seats))
-            # Where there are fewer runs than actors, the next router's go to the others.
-            for seat, entries in zip(seats if place % 2 == 0 else seats[::-1], shares):
-                if entries:
-                    elsewhere = [ref for other, ref in zip(seats, projected[router]) if other is not seat]
-                    calls.append((router, seat, seat.actor.play.remote(router, tournament, entries, *elsewhere)))
-        results = self.ask([(seat, ref) for _, seat, ref in calls])
-        runs: dict[int, dict[int, list[Run]]] = {router: {} for router in tournaments}
-        for (router, seat, _), made in zip(calls, results):
-            runs[router][seat.rank] = made
-        for place, (router, tournament) in enumerate(tournaments.items()):
-            ranks = sorted(runs[router], reverse=place % 2 == 1)
-            tournament.advance([run for rank in ranks for run in runs[router][rank]])
 
     def _solve(self, block: _Block) -> None:
         seats = self.crew.seats
@@ -181,7 +164,7 @@ class SparsePropagation(Stages):
         waiting = [(seat, task) for seat, tasks in zip(seats, block.tasks) for task in tasks if task not in block.solved]
         with self._timed("solve", block):
             # An actor does what it is asked in the order of asking: everybody's tokens are asked for before anybody computes with them.
-            elsewhere = [[other.actor.tokens_of.remote(task) for other in seats if other is not seat] for seat, task in waiting]
+            elsewhere = [[other.actor.tokens_of.remote(task, self.crew.near([seat, other])) for other in seats if other is not seat] for seat, task in waiting]
             calls = [(seat, seat.actor.solve.remote(block.index, task, *tokens)) for (seat, task), tokens in zip(waiting, elsewhere)]
             of = {ref: (seat, task) for (seat, ref), (_, task) in zip(calls, waiting)}
             share = SOLVE / max(1, sum(len(task.experts) for tasks in block.tasks for task in tasks))
@@ -193,19 +176,22 @@ class SparsePropagation(Stages):
             self.ask(calls, note, watch=self.experts_solved(block.index))
 
     def _propagate(self, block: _Block) -> None:
-        seats = self.crew.seats
+        seats, made = self.crew.seats, (0, block.index)
+        tasks, solvers = list(block.solved), [seat for seat, _ in block.solved.values()]
+        near, alone = self.crew.near(seats), len(seats) == 1
         with self._timed("propagate", block):
-            tasks, solvers = list(block.solved), [seat for seat, _ in block.solved.values()]
             # Only what another actor solved moves; on one actor nothing does.
-            experts = [solver.actor.experts.remote((0, block.index), task) if len(seats) > 1 else None for task, solver in zip(tasks, solvers)]
+            experts = [None if alone else solver.actor.experts.remote(made, task, near) for task, solver in zip(tasks, solvers)]
             here = [seat for seat in seats if seat.block == block.index]
             self.ask([(seat, seat.actor.propagate.remote(block.index, tasks, *[one for one, solver in zip(experts, solvers) if solver is not seat]))
                       for seat in here])
             for seat in here:
                 seat.block, seat.captured = seat.block + 1, False
+        if near and not alone:  # lent GPU memory ends with its lender: what is written goes through the object store
+            experts = [solver.actor.hand_over.remote(made, task) for task, solver in zip(tasks, solvers)]
         reports = [report for _, told in block.solved.values() for report in told]
-        self.write(Writing(self.run, (0, block.index), self.architecture.router_groups, block.routers, tasks, solvers, experts,
-                            sorted(reports, key=lambda report: (report["router"], report["expert"])), block.seconds))
+        self.write(Writing(self.run, made, self.architecture.router_groups, block.routers, tasks, solvers, experts,
+                           sorted(reports, key=lambda report: (report["router"], report["expert"])), block.seconds))
 
     def _timed(self, name: str, block: _Block) -> AbstractContextManager[None]:
         self.record()

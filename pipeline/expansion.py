@@ -11,6 +11,7 @@ Activations are `Kept`: they lie on the device, in host memory or on disk, and c
 Shapes: W windows, L tokens of a window, H hidden size, N tokens, C columns (in features), R rows (out features), E experts.
 """
 
+import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,50 +33,61 @@ from pipeline.solver import Grid, find_grid, inverse_factor, solve
 @dataclass
 class Captured:
     """What a pass of the dense block leaves. `inputs`: for each router its linears' inputs (N, C), in window order.
-    `attention`: by window group what the attention returned, which is the same when the experts run."""
+    `attention`: by window group what the attention returned, which is the same when the experts run. `outputs`: by window
+    group what leaves the block. One of the two, or neither, is kept."""
 
     inputs: list[Kept]
     attention: dict[int, Kept]
+    outputs: dict[int, Kept]
 
 
 class _Tapped(Exception):
     """All inputs are known; what the block would go on to compute is not wanted."""
 
 
-def capture(model: BlockwiseModel, block: nn.Module, index: int, hidden: dict[int, Kept], architecture: Architecture, shelf: Shelf) -> Captured:
+def capture(model: BlockwiseModel, block: nn.Module, index: int, hidden: dict[int, Kept], architecture: Architecture, shelf: Shelf,
+            besides: str = "attention") -> Captured:
     """One pass of the dense block for every window group (W, L, H) of `hidden`, up to the down projection, whose input it taps
-    too: that one is fitted on what the dense gate and up produce, as published. What is captured is kept on the shelf."""
+    too: that one is fitted on what the dense gate and up produce, as published. What is captured is kept on the shelf. besides:
+    "attention", "outputs" or "": what else is kept; for the outputs the pass goes on to the end."""
     groups = architecture.router_groups
     tokens = sum(kept.tensor.shape[:2].numel() for kept in hidden.values())
     captured = Captured([shelf.keep(f"inputs of router {router}", (tokens, block.get_submodule(group[0]).in_features), model.dtype)
-                         for router, group in enumerate(groups)], {})
-    done, number = 0, -1
+                         for router, group in enumerate(groups)], {}, {})
+    done, number, reached = 0, -1, set()
+
+    def keep_group(name: str, made_WLH: Tensor) -> Kept:
+        kept = shelf.keep(f"{name} of group {number}", tuple(made_WLH.shape), made_WLH.dtype)
+        kept.tensor.copy_(made_WLH)
+        return kept
 
     def keep(router: int):
         def hook(_, args):
             tapped_NC = args[0].reshape(-1, args[0].shape[-1])
             captured.inputs[router].tensor[done:done + len(tapped_NC)] = tapped_NC
             if router == len(groups) - 1:
-                raise _Tapped
+                reached.add(number)
+                if besides != "outputs":
+                    raise _Tapped
         return hook
 
     def keep_attention(_, args, output):
         # Attention returns its output and, from some implementations, its large matrix of weights, which nobody reads.
-        kept = captured.attention[number] = shelf.keep(f"attention of group {number}", tuple(output[0].shape), output[0].dtype)
-        kept.tensor.copy_(output[0])
+        captured.attention[number] = keep_group("attention", output[0])
 
     hooks = [block.get_submodule(group[0]).register_forward_pre_hook(keep(router)) for router, group in enumerate(groups)]
-    hooks.append(block.get_submodule(architecture.attention).register_forward_hook(keep_attention))
+    if besides == "attention":
+        hooks.append(block.get_submodule(architecture.attention).register_forward_hook(keep_attention))
     try:
-        for number, kept in hidden.items():  # noqa: B007 (a hook reads it)
-            try:
-                model.run(block, index, kept.tensor)
-            except _Tapped:
-                done += kept.tensor.shape[:2].numel()
+        for number, kept in hidden.items():
+            with contextlib.suppress(_Tapped):
+                captured.outputs[number] = keep_group("outputs", model.run(block, index, kept.tensor))
+                captured.outputs[number].at = index + 1
+            done += kept.tensor.shape[:2].numel()
     finally:
         for hook in hooks:
             hook.remove()
-    assert done == tokens, "the last router's linear did not run"
+    assert reached == set(hidden), "the last router's linear did not run"
     return captured
 
 

@@ -26,6 +26,11 @@ from actors.progress import Bar
 from pipeline import preflight
 from pipeline.checkpoint import RunDirectory
 from pipeline.config import Job
+from pipeline.estimate import estimate
+from pipeline.memory import CONTEXT, Cluster, Work
+from pipeline.model_shape import ModelShape
+from pipeline.rates import H100
+from pipeline.scaling import CARD, MAKING, NODE, STORE
 from pipeline.windows import Windows
 from tests.benchmarks.bench_block import MINI, SHAPES, Shape
 from tests.benchmarks.conftest import RESULTS
@@ -73,7 +78,15 @@ def expand(shape: Shape, model: Path, directory: Path, actors: int, propagation:
     stages = {stage: round(seconds, 3) for stage, seconds in conductor.clock.seconds.items()}
     seconds = sum(seconds for stage, seconds in stages.items() if stage not in ("start", "embed", "replay"))
     return {"shape": shape.name, "actors": actors, "propagation": propagation, "killed": bool(killed), "seconds": seconds, "whole": whole, "stages": stages,
-            **conductor.usage, "hashes": [manifest[str(index)]["sha256"][:12] for index in range(BLOCKS)]}
+            **conductor.usage, "predicted": prediction(job, source, actors, shape), "hashes": [manifest[str(index)]["sha256"][:12] for index in range(BLOCKS)]}
+
+
+def prediction(job: Job, source: preflight.Source, actors: int, shape: Shape) -> dict:
+    """What `plan` says about the same job on as many of these cards, with its built-in rates."""
+    work = Work(job, ModelShape.of(source.config), shape.dtype, shape.windows, shape.length, 0, shape.length)
+    made = estimate(work, Cluster(actors, 1, CARD, NODE, STORE, 8), H100)
+    stages = {name: round(stage.seconds, 3) for name, stage in made.stages.items() if name in MAKING}
+    return {"seconds": sum(stages.values()), "stages": stages, "device_peak": max(stage.device for stage in made.stages.values()) - CONTEXT}
 
 
 def difference(one: Path, other: Path) -> dict:
@@ -105,6 +118,9 @@ def main() -> None:
     shape = next(shape for shape in SHAPES if shape.name == options.shape)
     model, rows = make_model(shape, options.directory / "model"), []
     with connected(None, False):
+        # What is read, compiled and loaded for the first time on a machine is not to be the first row's.
+        expand(shape, model, options.directory / "other", options.actors[-1], "sparse")
+        shutil.rmtree(options.directory / "other")
         for propagation in options.propagation:
             first = options.directory / "first"
             for actors in options.actors:
