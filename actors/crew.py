@@ -202,7 +202,7 @@ class Crew:
         while isinstance(cause, RayTaskError) and cause.cause is not None and cause.cause is not cause:
             cause = cause.cause
         if isinstance(cause, (RayActorError, ObjectLostError, LoanError)) or isinstance(error, (RayActorError, ObjectLostError)):
-            return Lost(self._gone(), str(error))
+            return Lost(self._gone(), str(cause))
         return for_the_user(cause, where) or error
 
     def _gone(self) -> set[int]:

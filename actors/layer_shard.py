@@ -201,7 +201,7 @@ class LayerShard:
         self.hidden = {number: self._kept_hidden(number, self.model.embed(ids_WL)) for number, ids_WL in share.windows.items()}
         self.loaded: dict[int, torch.nn.Module] = {}  # dense blocks for `pass_on`
         self.solved: dict[Made, dict[Task, dict[str, Tensor]]] = {}  # experts by block and task
-        self.own: dict[str, dict] = {"parts": {}, "points": {}}  # by router: what this actor need not send to itself
+        self.own: dict[str, dict] = {"means": {}, "parts": {}, "points": {}}  # by router: what this actor need not send to itself
         self.points: dict[int, Tensor] = {}
 
     def _kept_hidden(self, number: int, hidden_WLH: Tensor) -> Kept:
@@ -232,23 +232,28 @@ class LayerShard:
         return principal.token_sums(self._inputs(router), self.share.sizes, self.device).cpu()
 
     @computes
-    def scatter(self, router: int, near: bool, *sums: Tensor) -> dict[tuple[int, int], Wire]:
-        """This actor's sums for the principal axes, for the one that decomposes them. near, here and below: everybody that they
-        are for is on this machine and can borrow from its GPU."""
-        parts = principal.scatter_parts(self._inputs(router), self.share.sizes, self.share.first, len(self.share.tokens), self._mean(sums), self.device)
-        if self.share.alone:
+    def scatter(self, router: int, decides: bool, near: bool, *sums: Tensor) -> dict[tuple[int, int], Wire]:
+        """This actor's sums for the principal axes, for the one that decomposes them. decides: that is this one. near, here and
+        below: everybody that they are for is on this machine and can borrow from its GPU."""
+        self.own["means"][router] = self._mean(sums)
+        parts = self._scatter_parts(router)
+        if decides:
             self.own["parts"][router] = parts
             return {}
         return self.outbox.send_all(parts, ROUTERS if near else None)
 
+    def _scatter_parts(self, router: int) -> dict[tuple[int, int], Tensor]:
+        return principal.scatter_parts(self._inputs(router), self.share.sizes, self.share.first, len(self.share.tokens), self.own["means"][router], self.device)
+
     @computes
-    def axes(self, router: int, *parts: dict) -> Wire:
-        """The principal axes; `parts`: everybody's of `scatter`."""
+    def axes(self, router: int, *elsewhere: dict) -> Wire:
+        """The principal axes; `elsewhere`: the others' of `scatter`."""
         components, groups, tokens = self.job.components(self._inputs(router).shape[1]), len(self.share.tokens), sum(self.share.tokens)
-        if self.share.alone:
-            return self.outbox.send(principal.leading_axes(self.own["parts"].pop(router), groups, tokens, components, self.job.seed))
-        sent = {node: wire for part in parts for node, wire in part.items()}
-        return self.outbox.send(principal.leading_axes(sent, groups, tokens, components, self.job.seed, lambda wire: unpack(wire, self.device).clone()))
+        # Own sums are added up in place: an attempt that ran out of memory has used them up.
+        parts = self.own["parts"].pop(router, None) or self._scatter_parts(router)
+        parts = parts | {node: wire for part in elsewhere for node, wire in part.items()}
+        take = lambda part: part if isinstance(part, Tensor) else unpack(part, self.device).clone()  # noqa: E731
+        return self.outbox.send(principal.leading_axes(parts, groups, tokens, components, self.job.seed, take))
 
     @computes
     def project(self, router: int, axes: Wire | None, near: bool, *sums: Tensor) -> Wire | None:
@@ -262,8 +267,9 @@ class LayerShard:
         log.info("router %d: %d runs of KMeans", router, len(entries))
         if router not in self.points:
             parts = [unpack(wire, self.device) for wire in elsewhere]
-            parts.insert(self.rank, self.own["points"].pop(router))
+            parts.insert(self.rank, self.own["points"][router])
             self.points[router] = torch.cat(parts) if len(parts) > 1 else parts[0]
+            del self.own["points"][router]
         return routing.play(tournament, entries, self.points[router], self.job.num_clusters)
 
     @computes
@@ -298,7 +304,7 @@ class LayerShard:
         """The block's routers are known: this actor's tokens are sorted by expert."""
         self.outbox.take_back(ROUTERS)
         self.points.clear()
-        self.own = {"parts": {}, "points": {}}
+        self.own = {"means": {}, "parts": {}, "points": {}}
         self.counts = [fit["counts"] for fit in fitted]
         self.labels = [unpack(fit["labels"])[self.share.slice].to(self.device) for fit in fitted]
         self.sorted = [TokensByExpert(self._inputs(router), labels_N, len(self.counts[router])) for router, labels_N in enumerate(self.labels)]

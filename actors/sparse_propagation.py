@@ -148,8 +148,8 @@ class SparsePropagation(Stages):
             return self.ask([(decider, decider.actor.route.remote(router, None, None)) for router, decider in deciders.items()])
         if not job.no_pca:
             sums = {router: [seat.actor.sums.remote(router) for seat in seats] for router in routers}
-            parts = {router: [seat.actor.scatter.remote(router, near, *sums[router]) for seat in seats] for router in routers}
-            axes = {router: decider.actor.axes.remote(router, *parts[router]) for router, decider in deciders.items()}
+            parts = {router: [(seat, seat.actor.scatter.remote(router, seat is decider, near, *sums[router])) for seat in seats] for router, decider in deciders.items()}
+            axes = {router: decider.actor.axes.remote(router, *[part for seat, part in parts[router] if seat is not decider]) for router, decider in deciders.items()}
         projected = {router: [seat.actor.project.remote(router, axes[router], near, *sums[router]) for seat in seats] for router in routers}
         tokens = self.windows.count * self.windows.length
         tournaments = {router: Tournament(tokens, job.num_clusters, job.kmeans_restarts, job.seed, self.crew.size.device_type) for router in routers}
