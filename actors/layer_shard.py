@@ -92,21 +92,24 @@ class Share:
 
 
 Made = tuple[int, int]  # a block in the making: number of the job (0 where there is one), index of the block
+READS, WRITES = "reads", "writes"  # what is done beside computing
 OFFERED = 64  # numbers in the offer by which actors find out whether they can borrow
 ROUTERS, TOKENS = "routers", "tokens"  # what is lent for the routers of a block until they are fitted, and for its experts until they are solved
 
 
-def beside(method: Callable) -> Callable:
+def beside(group: str) -> Callable:
     """Of a call that reads or writes files beside those that compute: the next block's weights while this block is solved, a
     block's shard while the next one goes on."""
 
-    method = ray.method(concurrency_group="files")(method)  # before it is wrapped: Ray looks inside
+    def marked(method: Callable) -> Callable:
+        method = ray.method(concurrency_group=group)(method)  # before it is wrapped: Ray looks inside
 
-    @functools.wraps(method)
-    def call(self, *args, **kwargs):
-        with self.meter.during(method.__name__, computes=False):
-            return method(self, *args, **kwargs)
-    return call
+        @functools.wraps(method)
+        def call(self, *args, **kwargs):
+            with self.meter.during(method.__name__, computes=False):
+                return method(self, *args, **kwargs)
+        return call
+    return marked
 
 
 def computes(method: Callable) -> Callable:
@@ -126,7 +129,7 @@ def computes(method: Callable) -> Callable:
     return call
 
 
-@ray.remote(concurrency_groups={"files": 1, "pulse": 1})
+@ray.remote(concurrency_groups={READS: 1, WRITES: 1, "pulse": 1})
 class LayerShard:
     def __init__(self, rank: int, threads: int, dtype: str, verbose: bool, gpu_share: float):
         logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format=f"actor {rank} on {socket.gethostname()}: %(message)s", force=True)
@@ -209,7 +212,7 @@ class LayerShard:
         kept.tensor.copy_(hidden_WLH)
         return kept
 
-    @beside
+    @beside(READS)
     def publish(self, index: int) -> dict:
         """The dense weights of a block of this actor's own, for every actor."""
         return self.outbox.send_all(self.model.block_weights(index))
@@ -345,7 +348,7 @@ class LayerShard:
         """The finished experts of a task, for the other actors."""
         return self.outbox.send_all(self.solved[made][task], made if near else None)
 
-    @beside
+    @beside(WRITES)
     def hand_over(self, made: Made, task: Task) -> dict:
         """The finished experts of a task, for whoever writes them."""
         return self.outbox.send_all(self.solved[made][task])
@@ -355,7 +358,7 @@ class LayerShard:
         self.solved.pop(made, None)
         self.outbox.take_back(made)
 
-    @beside
+    @beside(WRITES)
     def write(self, storage: Storage, made: Made, fitted: list[dict], tasks: list[Task], elsewhere: list[ray.ObjectRef]) -> str:
         """Write a block's shard; returns its hash. elsewhere: experts of others, which are waited for here, in a list: what an
         actor is asked after a call that has to wait for its arguments waits with it."""

@@ -89,7 +89,7 @@ class RunDirectory:
         warnings = []
         for index, entry in sorted(self.manifest["layers"].items(), key=lambda item: int(item[0])):
             found = self.storage.digest(int(index))
-            if found != entry["sha256"]:
+            if found != entry["hash"]:
                 warnings.append(f"{self.storage.path(int(index))} is {'damaged' if found else 'missing'}; layer {index} is made again.")
                 del self.manifest["layers"][index]
         for name, digest in self.manifest.get("model", {}).items():
@@ -107,7 +107,7 @@ class RunDirectory:
         return [index for index in range(self.num_blocks) if str(index) not in self.manifest["layers"]]
 
     def record_layer(self, index: int, digest: str, seconds: dict[str, float], reports: list[dict]) -> None:
-        self.manifest["layers"][str(index)] = {"sha256": digest, "seconds": seconds, "experts": reports}
+        self.manifest["layers"][str(index)] = {"hash": digest, "seconds": seconds, "experts": reports}
         self.manifest.pop("model", None)
         self.save()
 

@@ -49,7 +49,7 @@ class Prepared:
         """What is to be measured, and the key of each measurement: one of the same key need not be made again, in whichever
         manifest it stands. Once all layers are there."""
         # The shards' hashes name the expanded model: an evaluation is reused only for the very same experts.
-        models = {"expanded": digest({index: layer["sha256"] for index, layer in manifest["layers"].items()})}
+        models = {"expanded": digest({index: layer["hash"] for index, layer in manifest["layers"].items()})}
         models |= {} if self.job.no_dense else {"dense": self.source.fingerprint}
         return {what: digest({"what": what, "which": which, "windows": windows.digest(), "dtype": dtype}) for what, which in models.items()}
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.files import replacing, sha256
+from pipeline.files import PIECE, combined, piecewise_sha256, replacing
 from pipeline.weights import save_tensors
 
 FORMAT = 1
@@ -31,7 +31,7 @@ class Storage:
         return f"{self.root.rstrip('/')}/{FOLDER}/layer_{index:03d}.safetensors"
 
     def write(self, index: int, tensors: dict[str, Tensor]) -> str:
-        """Write a layer's tensors, whole or not at all; returns the file's SHA-256. The same tensors give the same bytes."""
+        """Write a layer's tensors, whole or not at all; returns the file's hash (`piecewise_sha256`). The same tensors give the same bytes."""
         tensors = {name: tensors[name].cpu() for name in sorted(tensors)}
         metadata = {"format": str(FORMAT)}
         if self.is_remote:
@@ -41,12 +41,12 @@ class Storage:
                 filesystem, path = self._remote(index)
                 filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
                 filesystem.put_file(str(file), path)
-                return sha256(file)
+                return piecewise_sha256(file)
         path = Path(self.path(index))
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             save_tensors(tensors, temporary, metadata)
-            return sha256(temporary)
+            return piecewise_sha256(temporary)
 
     def read(self, index: int) -> tuple[dict[str, Tensor], list[Tensor]]:
         """The tensors that go into the model, and the labels of each router."""
@@ -61,18 +61,16 @@ class Storage:
         return tensors, labels
 
     def digest(self, index: int) -> str | None:
-        """SHA-256 of a layer's file; None if it is not there."""
+        """Hash of a layer's file; None if it is not there."""
         if not self.is_remote:
             path = Path(self.path(index))
-            return sha256(path) if path.is_file() else None
+            return piecewise_sha256(path) if path.is_file() else None
         filesystem, path = self._remote(index)
         if not filesystem.exists(path):
             return None
-        digest = hashlib.sha256()
         with filesystem.open(path, "rb") as opened:
-            while piece := opened.read(1 << 24):
-                digest.update(piece)
-        return digest.hexdigest()
+            pieces = iter(lambda: opened.read(PIECE), b"")
+            return combined(hashlib.sha256(piece).digest() for piece in pieces)
 
     def check(self) -> None:
         """Raises UserError if nothing can be written there."""

@@ -78,7 +78,7 @@ def expand(shape: Shape, model: Path, directory: Path, actors: int, propagation:
     stages = {stage: round(seconds, 3) for stage, seconds in conductor.clock.seconds.items()}
     seconds = sum(seconds for stage, seconds in stages.items() if stage not in ("start", "embed", "replay"))
     return {"shape": shape.name, "actors": actors, "propagation": propagation, "killed": bool(killed), "seconds": seconds, "whole": whole, "stages": stages,
-            **conductor.usage, "predicted": prediction(job, source, actors, shape), "hashes": [manifest[str(index)]["sha256"][:12] for index in range(BLOCKS)]}
+            **conductor.usage, "predicted": prediction(job, source, actors, shape), "hashes": [manifest[str(index)]["hash"][:12] for index in range(BLOCKS)]}
 
 
 def prediction(job: Job, source: preflight.Source, actors: int, shape: Shape) -> dict:
