@@ -14,12 +14,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from pipeline.memory import PROCESSES, WRITING, Cluster, Memory, Shares, Work, device_memory, disk_bytes, host_memory, least_device_memory, store_bytes
+from pipeline.memory import PROCESSES, WRITING, Cluster, Memory, Shares, Work, device_memory, disk_bytes, host_memory, least_device_memory, near, store_bytes
 from pipeline.principal import MORE, WHOLE
 from pipeline.rates import CLUSTERS, Rates
 from pipeline.routing import LAST_STEPS, Entry, Run, Tournament
 from pipeline.sampling import TOKENS_PER_BATCH
-from pipeline.schedule import deal
 from pipeline.solver.factor import LEAF
 from pipeline.solver.solve import BLOCK
 
@@ -35,6 +34,7 @@ BLOCK_CALLS, CPU_STEP = 4, 1e-4  # of one token through a block: steps, and seco
 CALL = 0.005  # seconds until an actor begins what it is asked
 SEEN_AS = {"expand": "solve", "dense pass": "capture", "write": "solve", "evaluate dense": "evaluate expanded"}  # whose memory a stage has
 START = {"cpu": 10.0, "cuda": 20.0}  # Ray, actors, libraries; most of it imports
+LENT = 1.5e11  # bytes/s from another GPU of the machine, over NVLink, the opening of what is lent included
 READS = 5  # times that a block's stages read or write what is kept
 
 
@@ -124,13 +124,14 @@ class Timing:
         each = -(-blocks // actors)  # of the actor that has the most
         groups = len(self.shares.group_tokens)
         passing = self._pass(work.tokens, routed=False, whole=True)
-        hop = self._send(self._hidden(work.tokens)) + self._receive(self._hidden(work.tokens))
+        hop = self._send(self._hidden(work.tokens), lent=False) + self._receive(self._hidden(work.tokens))
         piped = (each * passing + hop) * (groups + actors - 2) / groups if actors > 1 else 0.0
-        alone = self._pass(work.tokens, routed=False) + self._load() + CALL + READS * self._spilled()
+        # But for an actor's last block the pass goes on to the end, and its outputs are the next block's inputs.
+        alone = ((each - 1) * passing + self._pass(work.tokens, routed=False)) / each + self._load() + CALL + READS * self._spilled()
         alone += sum(self._fit_alone(columns) for _, columns in work.groups) if work.job.num_clusters > 1 else 0.0
         alone += sum(self._sums(work.tokens, columns) + self._solve_batches(rows, columns, work.job.num_clusters) for rows, columns in work.groups)
         write = self.write_seconds()
-        return self._around({"dense pass": piped, "expand": each * max(alone + passing * (each - 1) / each, write) + write})
+        return self._around({"dense pass": piped, "expand": each * max(alone, write) + write})
 
     def _around(self, stages: dict[str, float]) -> dict[str, float]:
         work = self.work
@@ -176,17 +177,17 @@ class Timing:
         return together + deciding + self._rounds() + 8 * CALL
 
     def _rounds(self) -> float:
-        """The tournaments of all routers, dealt to the actors as `SparsePropagation` does."""
-        work, actors, total = self.work, self.cluster.actors, 0.0
-        tournaments = [self._tournament() for _ in work.groups]
-        while any(tournament.entries for tournament in tournaments):
-            load = [0.0] * actors
-            for place, (tournament, (_, columns)) in enumerate(zip(tournaments, work.groups)):
-                for seat, entries in enumerate(deal(tournament.entries, actors)):
-                    load[seat if place % 2 == 0 else actors - 1 - seat] += self._runs(tournament, entries, work.components(columns))
+        """The tournaments of all routers, whose runs go to whoever is free; no faster than the rounds of one follow each other."""
+        work, total, longest = self.work, 0.0, 0.0
+        for _, columns in work.groups:
+            tournament, chain = self._tournament(), 0.0
+            while tournament.entries:
+                runs = [self._runs(tournament, [entry], work.components(columns)) for entry in tournament.entries]
+                total, chain = total + sum(runs), chain + max(runs)
                 tournament.advance([Run(None, None, 0.0) for _ in tournament.entries])
-            total += max(load)
-        return total
+            longest = max(longest, chain)
+        at_once = self.cluster.threads if self.cluster.device_type == "cpu" else 1
+        return max(total / (self.cluster.actors * at_once), longest)
 
     def _tournament(self) -> Tournament:
         return Tournament(self.work.tokens, self.work.job.num_clusters, self.work.job.kmeans_restarts, 0, self.cluster.device_type)
@@ -269,6 +270,10 @@ class Timing:
     # What stages are made of, in seconds
 
     @property
+    def _near(self) -> bool:
+        return near(self.cluster)
+
+    @property
     def _on_gpu(self) -> bool:
         return self.cluster.device_type == "cuda"
 
@@ -331,8 +336,10 @@ class Timing:
     def _hidden(self, tokens: int) -> int:
         return tokens * self.work.shape.block.hidden * self.work.dtype.itemsize
 
-    def _send(self, size: float) -> float:
-        """From the device into the object store."""
+    def _send(self, size: float, lent: bool = True) -> float:
+        """From the device into the object store; or, among GPUs of one machine, to where the others can read it."""
+        if lent and self._near:
+            return 2 * size / self.rates.copy
         return size * (1 / self.rates.from_device + 1 / self.rates.store) if self._on_gpu else size / self.rates.store
 
     def _receive(self, size: float, receivers: int = 1) -> float:

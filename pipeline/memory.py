@@ -210,12 +210,15 @@ def device_memory(work: Work, cluster: Cluster) -> Memory:
         stages["sample"] = {"context and libraries": base["context and libraries"], "the whole model": work.shape.parameters * work.dtype.itemsize,
                             "work": work.cache_bytes}
     before = shares.most_weights if work.shape.blocks > 1 else 0  # of the block before, until they are written
+    lent = _lent_bytes(work, cluster, shares)
+    if lent:
+        before *= 2  # they stay lent until they are written, too
     add("capture", before, _pass_bytes(work, cluster) + base["dense block"])
     if work.job.num_clusters > 1:
-        add("cluster", before, max(_cluster_bytes(work, shares)))
-    made, working = _solve_peak(work, cluster, shares, sum(base.values()) + before)
-    add("solve", before + made, working)
-    add("propagate", *_propagate_bytes(work, cluster, shares))
+        add("cluster", before, max(_cluster_bytes(work, shares)), **_part(lent, "cluster"))
+    made, working = _solve_peak(work, cluster, shares, sum(base.values()) + before + lent.get("solve", 0))
+    add("solve", before + made, working, **_part(lent, "solve"))
+    add("propagate", *_propagate_bytes(work, cluster, shares), **_part(lent, "propagate"))
     if work.job.propagation == "dense":
         del stages["propagate"]
     if work.evaluation:
@@ -228,6 +231,25 @@ def device_memory(work: Work, cluster: Cluster) -> Memory:
         stages["evaluate expanded"] = {name: base[name] for name in ("context and libraries", "weights outside the blocks")} | {
             "activations": hidden, "experts": expanded, "work": max(_routed_pass_bytes(work, cluster), logits)}
     return Memory(stages, placed)
+
+
+def near(cluster: Cluster) -> bool:
+    """Do actors lend each other GPU memory, rather than send it through the object store?"""
+    return bool(cluster.gpu_bytes) and cluster.nodes == 1 and cluster.actors > 1
+
+
+def _lent_bytes(work: Work, cluster: Cluster, shares: Shares) -> dict[str, int]:
+    """Copies that an actor holds for others of its machine, by stage; nothing where they go through the object store."""
+    if not near(cluster) or work.job.propagation == "dense":
+        return {}
+    points = sum(4 * shares.own_tokens * work.components(columns) for _, columns in work.groups)
+    sums = 0 if work.job.no_pca or work.job.num_clusters == 1 else 4 * max(columns for _, columns in work.groups)**2 * max(shares.nodes_of_sums)
+    tokens = shares.own_tokens * sum(columns for _, columns in work.groups) * work.dtype.itemsize * (1 - 1 / cluster.actors)
+    return {"cluster": points + sums, "solve": int(tokens), "propagate": shares.most_weights}
+
+
+def _part(lent: dict[str, int], stage: str) -> dict[str, int]:
+    return {"lent to other actors": lent[stage]} if lent else {}
 
 
 def least_device_memory(work: Work, cluster: Cluster) -> int:

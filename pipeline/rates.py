@@ -52,7 +52,7 @@ class Rates:
 # Products, KMeans and steps from tests/benchmarks/results/gpu.json; the rest from virtual machines with this card. What leaves a GPU goes
 # through pinned memory: 50 GB/s once it is pinned, 1.2 GB/s into memory that is new; whole jobs (several-*.json) reach about 5. The network is 10 Gbit/s.
 NETWORK = 1.25e9
-H100 = Rates(product32=5.0e13, product16=7.8e14, copy=2.9e12, kmeans=4.0e-12, from_device=5.0e9, to_device=7.0e9, file=1.3e9, hash=1.2e9,
+H100 = Rates(product32=5.0e13, product16=7.8e14, copy=2.9e12, kmeans=4.0e-12, from_device=5.0e9, to_device=7.0e9, file=3.5e9, hash=8.0e9,
              store=6.0e9, network=NETWORK, step=1.5e-4, name="NVIDIA H100 80GB HBM3, built in")
 
 

@@ -15,11 +15,11 @@ from pipeline.blocks import BlockwiseModel
 from pipeline.config import Job
 from pipeline.estimate import compared, estimate
 from pipeline.expansion import TokensByExpert, capture, fit_router, solve_experts
-from pipeline.memory import Cluster, Shares, Work, device_memory, least_device_memory
+from pipeline.memory import CONTEXT, Cluster, Shares, Work, device_memory, least_device_memory
 from pipeline.model_shape import ModelShape
 from pipeline.plan_text import describe_comparison
 from pipeline.rates import H100, Rates
-from pipeline.scaling import predicted
+from pipeline.scaling import MAKING, NODE, STORE, predicted
 from pipeline.shard import shard_tensors
 from pipeline.storage import Storage
 from pipeline.verdict import problems
@@ -162,6 +162,22 @@ def test_seconds_are_within_a_factor_of_what_was_measured(name, what, windows, l
     assert [row[0] for row in rows] == [*measured, "sum"]
     for stage, guessed, seconds in rows:
         assert seconds / 1.5 < guessed < seconds * 1.5, f"{stage}\n{describe_comparison(rows)}"
+
+
+@pytest.mark.parametrize("name, propagation", [("pythia-1.4b", "sparse"), ("pythia-1.4b", "dense"), ("llama-2-7b", "sparse")])
+def test_whole_jobs_on_one_gpu(name, propagation):
+    """Four blocks with Ray and KMeans: memory within 10 % of torch's own peak, seconds within a factor of 1.5."""
+    from tests.benchmarks.conftest import RESULTS
+
+    rows = json.loads((RESULTS / f"several-{name}.json").read_text())["rows"]
+    row = next(row for row in rows if row["actors"] == 1 and row["propagation"] == propagation)
+    windows, length, factor = (128, 2048, 8) if name == "pythia-1.4b" else (128, 4096, 32)
+    config = config_of(next(known for known in SIZES if known.lower() == name), num_hidden_layers=4, vocab_size=512)
+    job = Job(model="x", num_clusters=16, pca_reduction_factor=factor, propagation=propagation)
+    plan = estimate(Work(job, ModelShape.of(config), torch.bfloat16, windows, length, 0, length), Cluster(1, 1, CARD, NODE, STORE, 8), H100)
+    assert max(stage.device for stage in plan.stages.values()) - CONTEXT == pytest.approx(row["device_peak"], rel=0.1)
+    seconds = sum(stage.seconds for stage_name, stage in plan.stages.items() if stage_name in MAKING)
+    assert row["seconds"] / 1.5 < seconds < row["seconds"] * 1.5
 
 
 # The command

@@ -76,7 +76,8 @@ def expand(shape: Shape, model: Path, directory: Path, actors: int, propagation:
     finally:
         conductor.stop()
     stages = {stage: round(seconds, 3) for stage, seconds in conductor.clock.seconds.items()}
-    seconds = sum(seconds for stage, seconds in stages.items() if stage not in ("start", "embed", "replay"))
+    around = {"start", "embed", "replay"} | ({"write"} if propagation == "dense" else set())  # there writing goes on within `expand`
+    seconds = sum(seconds for stage, seconds in stages.items() if stage not in around)
     return {"shape": shape.name, "actors": actors, "propagation": propagation, "killed": bool(killed), "seconds": seconds, "whole": whole, "stages": stages,
             **conductor.usage, "predicted": prediction(job, source, actors, shape), "hashes": [manifest[str(index)]["hash"][:12] for index in range(BLOCKS)]}
 
@@ -113,7 +114,7 @@ def main() -> None:
     parser.add_argument("--shape", default=MINI.name, choices=[shape.name for shape in SHAPES])
     parser.add_argument("--actors", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--propagation", nargs="+", default=["sparse", "dense"])
-    parser.add_argument("--kill", action="store_true")
+    parser.add_argument("--kill", nargs="*", default=[], choices=["sparse", "dense"])
     options = parser.parse_args()
     shape = next(shape for shape in SHAPES if shape.name == options.shape)
     model, rows = make_model(shape, options.directory / "model"), []
@@ -131,7 +132,7 @@ def main() -> None:
                 rows.append(row)
                 print(json.dumps(row), flush=True)
                 shutil.rmtree(options.directory / "other", ignore_errors=True)
-            if options.kill:
+            if propagation in options.kill:
                 row = expand(shape, model, options.directory / "other", options.actors[-1], propagation, kill=True)
                 row["differs"] = difference(first, options.directory / "other")
                 rows.append(row)
