@@ -166,7 +166,7 @@ class LayerShard:
         """Something for `borrows`; None where nothing can be lent."""
         try:
             return self.outbox.send(torch.arange(OFFERED, device=self.device), OFFERED)
-        except LoanError:
+        except (LoanError, torch.OutOfMemoryError):
             return None
 
     @ray.method(concurrency_group="pulse")
@@ -174,7 +174,7 @@ class LayerShard:
         """Can this actor read the GPU memory of those that made these offers?"""
         try:
             return all(offer is not None and borrow(offer).tolist() == list(range(OFFERED)) for offer in offers)
-        except LoanError:
+        except (LoanError, torch.OutOfMemoryError):
             return False
 
     @computes

@@ -75,7 +75,7 @@ class Outbox:
             return pack(tensor)
         loan = Loan(tensor)
         self._lent.setdefault(until, []).append(loan)
-        self.most = max(self.most, sum(loan.nbytes for loans in self._lent.values() for loan in loans))
+        self.most = max(self.most, sum(loan.nbytes for loans in list(self._lent.values()) for loan in loans))  # another thread may offer
         return loan.handle
 
     def send_all(self, tensors: dict, until: Hashable = None) -> dict:

@@ -4,7 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from actors.cluster import CrewSize
+from actors.crew import Crew, Lost
 from pipeline.errors import UserError, for_the_user
+from pipeline.loans import LoanError
 
 
 def raised(work) -> BaseException:
@@ -29,3 +32,9 @@ def test_bugs_are_not_for_the_user():
     assert for_the_user(FileNotFoundError(2, "No such file", "x"), "solve") is None
     told = UserError("--model is wrong.")
     assert for_the_user(told, "solve") is told
+
+
+def test_what_was_lent_and_is_gone_is_a_loss():
+    """Its lender was killed: the actor that could not borrow is not to blame, and the job goes on."""
+    crew = Crew(CrewSize(2, 1, 1.0, 1), "float32", None)
+    assert isinstance(crew.translated(LoanError("GPU memory cannot be borrowed (CUDA error 201)"), "solve"), Lost)
