@@ -80,10 +80,13 @@ class Bar:
         return max(0.0, (time.monotonic() - self._start) / gone * (self._total - self._done)) if gone > 0 else None
 
     def _save(self, label: str) -> None:
-        """For who looks from elsewhere; a second old at most, and not worth waiting for the disk."""
+        """For who looks from elsewhere; a second old at most, and not worth waiting for the disk, or stopping where it is full."""
         if self.path is None or time.monotonic() - self._written < FILE_SECONDS:
             return
         self._written = time.monotonic()
         temporary = self.path.with_name(f"{self.path.name}.tmp-{os.getpid()}")
-        temporary.write_text(json.dumps({"stage": label, "done": self._done / self._total, "seconds_left": self._seconds_left(), "at": time.time()}))
-        os.replace(temporary, self.path)
+        try:
+            temporary.write_text(json.dumps({"stage": label, "done": self._done / self._total, "seconds_left": self._seconds_left(), "at": time.time()}))
+            os.replace(temporary, self.path)
+        except OSError:
+            temporary.unlink(missing_ok=True)

@@ -1,11 +1,14 @@
 """What the machine lacks is a sentence that names the stage; anything else keeps its traceback. Real errors, as the libraries raise them."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
 from actors.cluster import CrewSize
 from actors.crew import Crew, Lost
+from actors.progress import Bar
 from pipeline.errors import UserError, for_the_user
 from pipeline.loans import LoanError
 
@@ -38,3 +41,12 @@ def test_what_was_lent_and_is_gone_is_a_loss():
     """Its lender was killed: the actor that could not borrow is not to blame, and the job goes on."""
     crew = Crew(CrewSize(2, 1, 1.0, 1), "float32", None)
     assert isinstance(crew.translated(LoanError("GPU memory cannot be borrowed (CUDA error 201)"), "solve"), Lost)
+
+
+def test_progress_that_cannot_be_written_does_not_stop_a_job(tmp_path):
+    bar = Bar(1, verbose=False)
+    bar.path = tmp_path / "no such folder" / "progress.json"
+    bar.stage("solve", "layer 1 of 2")
+    bar.path, bar._written = tmp_path / "progress.json", 0.0
+    bar.stage("write", "layer 1 of 2")
+    assert json.loads(bar.path.read_text())["stage"].startswith("write") and list(tmp_path.iterdir()) == [bar.path]

@@ -88,8 +88,8 @@ def test_what_jobs_share_is_made_once(swept):
     calls = Counter((event["name"], event["args"]["of"]) for event in events if event["ph"] == "X" and event["args"])
     of = Counter(event["name"] for event in events if event["ph"] == "X")
     routers = 2
-    assert calls["play", "layer 1 of 3"] == routers, "the first block's routers of equal k serve both sparsities"
-    assert calls["play", "layer 2 of 3"] == 2 * routers
+    assert calls["project", "layer 1 of 3"] == routers, "the first block's routers of equal k serve both sparsities"
+    assert calls["project", "layer 2 of 3"] == 2 * routers
     assert of["expand_alone"] == LAYERS and of["load"] == 1, "four jobs of dense propagation in one pass"
     assert of["evaluate_block"] == (len(NAMES) + 1) * LAYERS, "the dense model is judged once"
 
