@@ -40,7 +40,8 @@ class Lost(Exception):
 class Seat:
     """One place in the crew; its actor may be replaced.
 
-    borrows: from the GPUs of all others on its machine. block: which block's inputs its windows are (-1: not handed over yet). captured, settled: how far this actor is with that block.
+    borrows: from the GPUs of all others on its machine. block: which block's inputs its windows are (-1: not handed over yet).
+    captured, settled: how far this actor is with that block.
     """
 
     rank: int

@@ -20,7 +20,7 @@ from torch import Tensor
 from actors.metrics import Counts, Meter
 from actors.wire import Outbox, Wire, unpack, unpack_all
 from pipeline import principal, routing
-from pipeline.activations import Kept, Shelf, room
+from pipeline.activations import Shelf, room
 from pipeline.architectures import Architecture
 from pipeline.blocks import BlockwiseModel
 from pipeline.config import Job
@@ -201,16 +201,11 @@ class LayerShard:
         self.model.load_shell()
         working = working_bytes(job, shape_of(self.model.empty_block, architecture), sum(share.tokens), self.dtype)
         self.shelf = Shelf(self.device, *room(job.activations, self.device, working, host_bytes), folder)
-        self.hidden = {number: self._kept_hidden(number, self.model.embed(ids_WL)) for number, ids_WL in share.windows.items()}
+        self.hidden = {number: self.shelf.put(f"hidden of group {number}", self.model.embed(ids_WL)) for number, ids_WL in share.windows.items()}
         self.loaded: dict[int, torch.nn.Module] = {}  # dense blocks for `pass_on`
         self.solved: dict[Made, dict[Task, dict[str, Tensor]]] = {}  # experts by block and task
         self.own: dict[str, dict] = {"means": {}, "parts": {}, "points": {}}  # by router: what this actor need not send to itself
         self.points: dict[int, Tensor] = {}
-
-    def _kept_hidden(self, number: int, hidden_WLH: Tensor) -> Kept:
-        kept = self.shelf.keep(f"hidden of group {number}", tuple(hidden_WLH.shape), hidden_WLH.dtype)
-        kept.tensor.copy_(hidden_WLH)
-        return kept
 
     @beside(READS)
     def publish(self, index: int) -> dict:
@@ -470,7 +465,7 @@ class LayerShard:
         self.block = self.captured = self.sorted = self.labels = None
         self.shelf = Shelf(self.device)
         self.ids = windows
-        self.hidden = {number: self._kept_hidden(number, self.model.embed(ids_WL)) for number, ids_WL in windows.items()}
+        self.hidden = {number: self.shelf.put(f"hidden of group {number}", self.model.embed(ids_WL)) for number, ids_WL in windows.items()}
 
     @computes
     def evaluate_block(self, index: int, weights: dict) -> None:

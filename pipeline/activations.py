@@ -51,6 +51,12 @@ class Shelf:
             kept = self._kept[name] = self._made(shape, dtype, (DEVICE, HOST, DISK))
         return kept
 
+    def put(self, name: str, tensor: Tensor) -> Kept:
+        """A copy of `tensor`, kept by that name."""
+        kept = self.keep(name, tuple(tensor.shape), tensor.dtype)
+        kept.tensor.copy_(tensor)
+        return kept
+
     def _made(self, shape: tuple[int, ...], dtype: torch.dtype, places: tuple[str, ...]) -> Kept:
         size = math.prod(shape) * dtype.itemsize
         place = next(place for place in places if size <= self._room[place])

@@ -56,11 +56,6 @@ def capture(model: BlockwiseModel, block: nn.Module, index: int, hidden: dict[in
                          for router, group in enumerate(groups)], {}, {})
     done, number, reached = 0, -1, set()
 
-    def keep_group(name: str, made_WLH: Tensor) -> Kept:
-        kept = shelf.keep(f"{name} of group {number}", tuple(made_WLH.shape), made_WLH.dtype)
-        kept.tensor.copy_(made_WLH)
-        return kept
-
     def keep(router: int):
         def hook(_, args):
             tapped_NC = args[0].reshape(-1, args[0].shape[-1])
@@ -73,7 +68,7 @@ def capture(model: BlockwiseModel, block: nn.Module, index: int, hidden: dict[in
 
     def keep_attention(_, args, output):
         # Attention returns its output and, from some implementations, its large matrix of weights, which nobody reads.
-        captured.attention[number] = keep_group("attention", output[0])
+        captured.attention[number] = shelf.put(f"attention of group {number}", output[0])
 
     hooks = [block.get_submodule(group[0]).register_forward_pre_hook(keep(router)) for router, group in enumerate(groups)]
     if besides == "attention":
@@ -81,7 +76,7 @@ def capture(model: BlockwiseModel, block: nn.Module, index: int, hidden: dict[in
     try:
         for number, kept in hidden.items():
             with contextlib.suppress(_Tapped):
-                captured.outputs[number] = keep_group("outputs", model.run(block, index, kept.tensor))
+                captured.outputs[number] = shelf.put(f"outputs of group {number}", model.run(block, index, kept.tensor))
                 captured.outputs[number].at = index + 1
             done += kept.tensor.shape[:2].numel()
     finally:
