@@ -13,7 +13,7 @@ from pipeline.errors import UserError
 from pipeline.files import PIECE, combined, piecewise_sha256, replacing
 from pipeline.weights import save_tensors
 
-FORMAT = 1
+FORMAT = 2  # 1 named layers by one SHA-256 of the whole file
 FOLDER = "layers"
 
 
