@@ -20,10 +20,9 @@ from pipeline.assembly import Assembly, assemble
 from pipeline.checkpoint import RunDirectory
 from pipeline.config import Job
 from pipeline.errors import UserError
-from pipeline.files import remove_leftovers
 from pipeline.perplexity import Perplexity
 from pipeline.preflight import Source, router_shapes
-from pipeline.storage import FOLDER, Storage
+from pipeline.storage import Storage
 from pipeline.timeline import Clock, write_profile
 from pipeline.windows import Windows
 
@@ -87,12 +86,14 @@ class Conductor:
         way = DensePropagation if job.propagation == "dense" else SparsePropagation
         stages = way(job, source, architecture, router_shapes(source, architecture), windows, run, self.crew, self.reporter, self.clock, self.driver)
         before, start = self.crew.counts(), time.monotonic()
-        if job.propagation == "dense":
-            stages.expand(jobs)
-        else:
-            stages.expand(self.known)
-        for _, directory in jobs:
-            remove_leftovers(directory.path / FOLDER)  # of actors that were killed
+        try:
+            if job.propagation == "dense":
+                stages.expand(jobs)
+            else:
+                stages.expand(self.known)
+        finally:
+            for _, directory in jobs:
+                directory.storage.remove_leftovers()
         self.usage = usage(before, self.crew.counts(), time.monotonic() - start)
 
     def assemble(self, job: Job, source: Source, architecture: Architecture, storage: Storage, target: Path) -> dict[str, str]:

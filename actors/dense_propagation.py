@@ -11,7 +11,7 @@ import ray
 
 from actors.crew import Lost, Seat
 from actors.layer_shard import Share
-from actors.shards import Writing
+from actors.shards import Finished, Writing
 from actors.stages import Stages
 from pipeline.checkpoint import RunDirectory
 from pipeline.config import Job
@@ -121,14 +121,13 @@ class DensePropagation(Stages):
         index = stretch.left.pop(0)
         stretch.at, stretch.busy = index + 1, False
         for number, ((_, run), result) in enumerate(zip(self.jobs, results)):
-            tasks, made = result["tasks"], (number, index)
+            made = (number, index)
             if index not in run.missing_layers():
                 stretch.seat.actor.forget.remote(made)
                 continue
-            reports = sorted(result["reports"], key=lambda report: (report["router"], report["expert"]))
-            writing = Writing(run, made, self.architecture.router_groups, result["fitted"], tasks, [stretch.seat] * len(tasks), [None] * len(tasks),
-                              reports, result["seconds"])
-            writing.begin(stretch.seat, self.driver)
+            tasks = {task: Finished(stretch.seat, reports, entries) for task, (reports, entries) in result["tasks"].items()}
+            writing = Writing(run, made, self.architecture.router_groups, result["fitted"], tasks, result["seconds"])
+            writing.begin(self.crew, self.driver, self.where)
             stretch.writing.append(writing)
         self.reporter.advance(0.9)
 

@@ -28,13 +28,15 @@ from pipeline.devices import device_name, prepare_device
 from pipeline.errors import UserError
 from pipeline.expansion import TokensByExpert, advance, capture, fit_router, propagate, solve_experts
 from pipeline.footprint import shape_of, working_bytes
+from pipeline.layout import Entry, Layout, described
 from pipeline.loans import Handle, LoanError, borrow
 from pipeline.modeling_sparse_expansion import router_name
 from pipeline.perplexity import window_losses
-from pipeline.routing import Entry, Run, Tournament
+from pipeline.routing import Entry as KMeansEntry
+from pipeline.routing import Run, Tournament
 from pipeline.sampling import sample_windows
 from pipeline.schedule import Task, in_groups, in_order
-from pipeline.shard import shard_tensors
+from pipeline.shard import expert_tensors, router_tensors, stacked, take_labels
 from pipeline.storage import Storage
 from pipeline.timeline import Clock
 from pipeline.warmth import warm_up
@@ -215,6 +217,7 @@ class LayerShard:
     @computes
     def capture(self, index: int, weights: dict) -> None:
         log.info("layer %d: capturing %d window groups", index, len(self.hidden))
+        self.outbox.take_back((0, index - 1))  # everybody has propagated
         self.solved[0, index] = {}
         self._capture(index, unpack_all(weights))
 
@@ -260,7 +263,7 @@ class LayerShard:
         return None if self.share.alone else self.outbox.send(own_ND, ROUTERS if near else None)
 
     @computes
-    def play(self, router: int, tournament: Tournament, entries: Sequence[Entry], *elsewhere: Wire) -> list[Run]:
+    def play(self, router: int, tournament: Tournament, entries: Sequence[KMeansEntry], *elsewhere: Wire) -> list[Run]:
         """Some runs of a round over everybody's projected tokens (`elsewhere`: the others', by rank), which stay here until `settle`."""
         log.info("router %d: %d runs of KMeans", router, len(entries))
         if router not in self.points:
@@ -317,9 +320,9 @@ class LayerShard:
         return self.sorted[router].of(expert) if self.counts[router][expert] else self._inputs(router)
 
     @computes
-    def solve(self, index: int, task: Task, *elsewhere: dict[int, Wire]) -> list[dict]:
+    def solve(self, index: int, task: Task, *elsewhere: dict[int, Wire]) -> tuple[list[dict], dict[str, Entry]]:
         """Solve a task's experts (`elsewhere`: the other actors' tokens, by rank); the weights stay here until `forget`.
-        Returns their reports."""
+        Returns their reports, and what they are in the block's shard."""
         log.info("layer %d: solving experts %s of router %d", index, list(task.experts), task.router)
 
         def tokens_of(expert: int) -> list[Tensor]:
@@ -329,7 +332,7 @@ class LayerShard:
 
         [(weights, reports)] = self._solve([self.job], task, tokens_of, self.counts[task.router])
         self.solved[0, index][task] = weights
-        return reports
+        return reports, described(expert_tensors(task.experts, weights))
 
     def _solve(self, jobs: list[Job], task: Task, tokens_of: Callable, counts: list[int]) -> list[tuple[dict[str, Tensor], list[dict]]]:
         group = self.groups[task.router]
@@ -345,7 +348,7 @@ class LayerShard:
 
     @beside(WRITES)
     def hand_over(self, made: Made, task: Task) -> dict:
-        """The finished experts of a task, for whoever writes them."""
+        """The finished experts of a task, for whoever writes them in this actor's place."""
         return self.outbox.send_all(self.solved[made][task])
 
     def forget(self, made: Made) -> None:
@@ -354,11 +357,19 @@ class LayerShard:
         self.outbox.take_back(made)
 
     @beside(WRITES)
-    def write(self, storage: Storage, made: Made, fitted: list[dict], tasks: list[Task], elsewhere: list[ray.ObjectRef]) -> str:
-        """Write a block's shard; returns its hash. elsewhere: experts of others, which are waited for here, in a list: what an
-        actor is asked after a call that has to wait for its arguments waits with it."""
-        weights = self._weights(made, tasks, ray.get(elsewhere), torch.device("cpu"))
-        return storage.write(made[1], shard_tensors(self.groups, weights, fitted_routers(fitted)))
+    def write(self, file: Path, layout: Layout, made: Made, tasks: list[Task]) -> dict[str, bytes]:
+        """Write this actor's own experts of these tasks into a block's shard, which is being filled by others too; returns their hashes."""
+        own = self.solved[made]
+        return layout.fill(file, {name: tensor for task in tasks for name, tensor in expert_tensors(task.experts, own[task]).items()})
+
+    @beside(WRITES)
+    def write_whole(self, storage: Storage, made: Made, fitted: list[dict], tasks: dict[Task, ray.ObjectRef | None]) -> str:
+        """Write a block's whole shard; returns its hash. tasks: with the experts of others, which are waited for here: what an actor is
+        asked after a call that has to wait for its arguments waits with it."""
+        tensors = router_tensors(self.groups, fitted_routers(fitted), len(fitted[0]["counts"]))
+        for task, elsewhere in tasks.items():
+            tensors |= expert_tensors(task.experts, self.solved[made][task] if elsewhere is None else unpack_all(ray.get(elsewhere)))
+        return storage.write(made[1], tensors)
 
     @computes
     def propagate(self, index: int, tasks: list[Task], *elsewhere: dict) -> None:
@@ -368,12 +379,13 @@ class LayerShard:
         propagate(self.model, self.block, index, self.hidden, self.architecture, weights, self.labels, self.captured.attention)
 
     @computes
-    def replay(self, storage: Storage, index: int, weights: dict, shard: tuple[dict, list] | None) -> None:
+    def replay(self, storage: Storage, index: int, weights: dict, shard: dict | None) -> None:
         """Send this actor's windows through a block that is already made. shard: what the driver read of it, where this
         actor does not see it."""
-        tensors, labels = storage.read(index) if shard is None else (unpack_all(shard[0]), [unpack(wire) for wire in shard[1]])
+        tensors = storage.read(index) if shard is None else unpack_all(shard)
+        labels = take_labels(tensors)
         block = self.model.load_block(index, unpack_all(weights))
-        experts = {path: tensors[f"{path}.weight"].to(self.device) for group in self.groups for path in group}
+        experts = {path: stacked(tensors, path, self.job.num_clusters, self.device) for group in self.groups for path in group}
         propagate(self.model, block, index, self.hidden, self.architecture, experts, [labels_N[self.share.slice].to(self.device) for labels_N in labels])
 
     def _weights(self, made: Made, tasks: list[Task], elsewhere: Sequence[dict], device: torch.device) -> dict[str, Tensor]:
@@ -414,7 +426,7 @@ class LayerShard:
     @computes
     def expand_alone(self, index: int, jobs: list[Job], between: list[int], more: bool, *weights: dict) -> list[dict]:
         """Make a block's experts for several jobs of the same windows. What they have in common (what is captured, routers,
-        Hessians, factors) is made once. Returns for each job its routers, tasks, reports and seconds; the weights stay here until
+        Hessians, factors) is made once. Returns for each job its routers, tasks (as `solve`) and seconds; the weights stay here until
         `forget`. between: dense blocks that the windows go through first, but for the one that this actor made last. more: it
         will make another one. weights: of those and of this block, unless this actor sees the model's files."""
         found = list(map(unpack_all, weights)) if weights else [None] * (len(between) + 1)
@@ -431,7 +443,7 @@ class LayerShard:
         assert all(kept.at == index for kept in self.hidden.values()), "windows are at another block"
         with clock.timed("capture"):
             self._capture(index, found[-1], "outputs" if more else "")
-        results = [{"fitted": [], "tasks": [], "reports": [], "seconds": {}} for _ in jobs]
+        results = [{"fitted": [], "tasks": {}, "seconds": {}} for _ in jobs]
         for number in range(len(jobs)):
             self.solved[number, index] = {}
         for router in range(len(self.groups)):
@@ -454,8 +466,7 @@ class LayerShard:
         for number, (weights, reports) in zip(numbers, solved):
             self.solved[number, index][task] = weights
             results[number]["fitted"].append(told)
-            results[number]["tasks"].append(task)
-            results[number]["reports"] += reports
+            results[number]["tasks"][task] = reports, described(expert_tensors(task.experts, weights))
 
     # Evaluation: block by block, every actor its own windows
 
@@ -479,5 +490,5 @@ class LayerShard:
 
 
 def fitted_routers(fitted: list[dict]) -> list[tuple[dict[str, Tensor], Tensor]]:
-    """Tensors and labels of each router, as `shard_tensors` takes them."""
+    """Tensors and labels of each router, as `router_tensors` takes them."""
     return [(unpack_all(fit["tensors"]), unpack(fit["labels"])) for fit in fitted]

@@ -7,7 +7,7 @@ import ray
 from pipeline.timeline import DRIVER, Span
 
 FLUSH_SECONDS = 2  # workers hand in their events once a second
-FILES = ("publish", "hand_over", "write")  # methods that run beside the others: a row of their own
+FILES = ("publish", "hand_over", "write", "write_whole")  # methods that run beside the others: a row of their own
 
 
 def actor_spans(workers: dict[str, int], stages: list[Span]) -> list[Span]:

@@ -1,76 +1,110 @@
-"""Layer shards on their way to disk: written where they were made, beside the next block; by the driver for actors that do not
-see the run directory."""
+"""Layer shards on their way to disk, beside the next block: every actor writes its own experts into the one file. The driver
+writes for those that do not see the run directory; to a remote place one actor writes for all."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import ray
-import torch
 from ray.exceptions import RayError
 
 from actors.crew import Crew, Lost, Seat
 from actors.layer_shard import Made, fitted_routers
 from actors.wire import unpack_all
 from pipeline.checkpoint import RunDirectory
-from pipeline.schedule import Task, in_order
-from pipeline.shard import shard_tensors
-from pipeline.storage import Storage
+from pipeline.layout import Entry, Layout, described
+from pipeline.schedule import Task
+from pipeline.shard import expert_tensors, router_tensors
+
+
+@dataclass
+class Finished:
+    """A task's experts. solver: the actor that has them. reports: for the manifest. entries: their tensors in the shard. experts:
+    where they were handed over, for everybody (None: the solver alone has them)."""
+
+    solver: Seat
+    reports: list[dict]
+    entries: dict[str, Entry]
+    experts: ray.ObjectRef | None = None
 
 
 @dataclass
 class Writing:
-    """A block whose shard is being written. experts: of each task, as the actor `solvers` names handed them over (None: they
-    are still only there). seconds, reports: for the manifest."""
+    """A block whose shard is being written. seconds: for the manifest."""
 
     run: RunDirectory
     made: Made
     groups: tuple[tuple[str, ...], ...]
     fitted: list[dict]
-    tasks: list[Task]
-    solvers: list[Seat]
-    experts: list[ray.ObjectRef | None]
-    reports: list[dict]
+    tasks: dict[Task, Finished]
     seconds: dict[str, float] = field(default_factory=dict)
-    writer: Seat | None = None
-    written: ray.ObjectRef | Future | None = None
+    parts: list[tuple[Seat | None, ray.ObjectRef | Future]] = field(default_factory=list)  # who writes (None: the driver), and hashes by name
+    layout: Layout | None = None
+    file: Path | None = None  # that is being filled
 
     @property
     def index(self) -> int:
         return self.made[1]
 
-    def begin(self, writer: Seat, driver: ThreadPoolExecutor) -> None:
-        """Write it: by the actor `writer`, or by the driver if that one does not see where to."""
-        self.writer = writer
-        if writer.sees_run:
-            elsewhere = [experts for experts, solver in zip(self.experts, self.solvers) if solver is not writer]
-            self.written = writer.actor.write.remote(self.run.storage, self.made, self.fitted, self.tasks, elsewhere)
-        else:
-            here = [experts or solver.actor.hand_over.remote(self.made, task) for task, solver, experts in zip(self.tasks, self.solvers, self.experts)]
-            self.written = driver.submit(_write, self.run.storage, self.made, self.groups, self.fitted, self.tasks, here)
+    @property
+    def reports(self) -> list[dict]:
+        reports = [report for finished in self.tasks.values() for report in finished.reports]
+        return sorted(reports, key=lambda report: (report["router"], report["expert"]))
+
+    def begin(self, crew: Crew, driver: ThreadPoolExecutor, where: str) -> None:
+        """Write it, for the first time or once more: of actors that are gone only what they handed over can be written. Raises Lost
+        if something else is missing."""
+        gone = [finished for finished in self.tasks.values() if finished.solver not in crew.seats]
+        if any(finished.experts is None for finished in gone):
+            raise Lost(set(), "experts that were not written yet are gone")
+        if self.run.storage.is_remote:
+            writer = crew.seats[self.index % len(crew.seats)]
+            self._hand_over([task for task, finished in self.tasks.items() if finished.solver is not writer])
+            told = {task: None if finished.solver is writer else finished.experts for task, finished in self.tasks.items()}
+            self.parts = [(writer, writer.actor.write_whole.remote(self.run.storage, self.made, self.fitted, told))]
+            return
+        here = router_tensors(self.groups, fitted_routers(self.fitted), len(self.fitted[0]["counts"]))
+        entries = described(here)
+        for finished in self.tasks.values():
+            entries |= finished.entries
+        self.layout = self.run.storage.layout(entries)
+        try:
+            self.file = self.run.storage.create(self.index, self.layout)
+        except OSError as error:
+            raise crew.translated(error, where) from None
+        writers = {task: finished.solver if finished.solver in crew.seats and finished.solver.sees_run else None for task, finished in self.tasks.items()}
+        self.parts = [(seat, seat.actor.write.remote(self.file, self.layout, self.made, [task for task in self.tasks if writers[task] is seat]))
+                      for seat in crew.seats if seat in writers.values()]
+        others = [task for task in self.tasks if writers[task] is None]
+        self._hand_over(others)
+        self.parts.append((None, driver.submit(_write, self.file, self.layout, here, {task: self.tasks[task].experts for task in others})))
+
+    def _hand_over(self, tasks: list[Task]) -> None:
+        for task in tasks:
+            finished = self.tasks[task]
+            finished.experts = finished.experts or finished.solver.actor.hand_over.remote(self.made, task)
 
     def is_done(self) -> bool:
-        if isinstance(self.written, Future):
-            return self.written.done()
-        return bool(ray.wait([self.written], timeout=0)[0])
+        return all(part.done() if isinstance(part, Future) else ray.wait([part], timeout=0)[0] for _, part in self.parts)
 
     def digest(self, crew: Crew, where: str) -> str:
-        """The shard's hash, once it is there."""
-        if isinstance(self.written, Future):
-            try:
-                return self.written.result()
-            except (RayError, OSError) as error:
-                raise crew.translated(error, where) from None
-        return crew.ask([(self.writer, self.written)], where)[0]
-
-    def again(self, crew: Crew, driver: ThreadPoolExecutor) -> None:
-        """Its writer was lost: another actor writes it, if everybody's experts were handed over. Raises Lost if some are gone."""
-        for seat in crew.seats:
-            if all(experts is not None or solver is seat for experts, solver in zip(self.experts, self.solvers)):
-                self.begin(seat, driver)
-                return
-        raise Lost(set(), "experts that were not written yet are gone")
+        """The shard's hash, once it is whole."""
+        told = crew.ask([(seat, part) for seat, part in self.parts if seat is not None], where)
+        if self.run.storage.is_remote:
+            return told[0]
+        try:
+            hashes = self.parts[-1][1].result()
+            for more in told:
+                hashes |= more
+            self.run.storage.finish(self.index, self.file)
+        except (RayError, OSError) as error:
+            raise crew.translated(error, where) from None
+        return self.layout.digest(hashes)
 
 
-def _write(storage: Storage, made: Made, groups, fitted: list[dict], tasks: list[Task], experts: list[ray.ObjectRef]) -> str:
-    found = [unpack_all(weights) for weights in ray.get(experts)]
-    return storage.write(made[1], shard_tensors(groups, in_order(tasks, found, torch.device("cpu")), fitted_routers(fitted)))
+def _write(file: Path, layout: Layout, tensors: dict, experts: dict[Task, ray.ObjectRef]) -> dict[str, bytes]:
+    """The driver's part: routers, and what the others cannot write."""
+    hashes = layout.fill(file, tensors)
+    for task, handed_over in experts.items():
+        hashes |= layout.fill(file, expert_tensors(task.experts, unpack_all(ray.get(handed_over))))
+    return hashes

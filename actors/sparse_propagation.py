@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import ray
 
-from actors.crew import Lost, Seat
-from actors.shards import Writing
+from actors.crew import Lost
+from actors.shards import Finished, Writing
 from actors.stages import Stages
 from actors.tournaments import play_all
 from pipeline.routing import Tournament
@@ -26,12 +26,12 @@ class _StartOver(Exception):
 
 @dataclass
 class _Block:
-    """A block in the making, as far as the driver knows it. fitted: by router. solved: reports and solver by task."""
+    """A block in the making, as far as the driver knows it. fitted: by router."""
 
     index: int
     tasks: list[list[Task]] = field(default_factory=list)  # by actor
     fitted: dict[int, dict] = field(default_factory=dict)
-    solved: dict[Task, tuple[Seat, list[dict]]] = field(default_factory=dict)
+    solved: dict[Task, Finished] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -77,7 +77,7 @@ class SparsePropagation(Stages):
     def _recover(self, lost: Lost, block: _Block) -> None:
         self.crew.recover(lost, self.where)
         self.reader.forget()
-        block.solved = {task: (seat, reports) for task, (seat, reports) in block.solved.items() if seat in self.crew.seats}
+        block.solved = {task: finished for task, finished in block.solved.items() if finished.solver in self.crew.seats}
         if len(block.tasks) != len(self.crew.seats):
             block.tasks = []  # dealt anew
         self._save_or_start_over()
@@ -89,7 +89,7 @@ class SparsePropagation(Stages):
                 self.record(most=0)
             except Lost:
                 try:
-                    self.writings[0].again(self.crew, self.driver)
+                    self.writings[0].begin(self.crew, self.driver, self.where)
                     self.record(most=len(self.writings) - 1)
                 except Lost:
                     raise _StartOver from None
@@ -169,29 +169,28 @@ class SparsePropagation(Stages):
             of = {ref: (seat, task) for (seat, ref), (_, task) in zip(calls, waiting)}
             share = SOLVE / max(1, sum(len(task.experts) for tasks in block.tasks for task in tasks))
 
-            def note(ref: ray.ObjectRef, reports: list[dict]) -> None:
-                block.solved[of[ref][1]] = (of[ref][0], reports)
-                self.reporter.advance(share * len(of[ref][1].experts))
+            def note(ref: ray.ObjectRef, told: tuple[list[dict], dict]) -> None:
+                seat, task = of[ref]
+                block.solved[task] = Finished(seat, *told)
+                self.reporter.advance(share * len(task.experts))
 
             self.ask(calls, note, watch=self.experts_solved(block.index))
 
     def _propagate(self, block: _Block) -> None:
-        seats, made = self.crew.seats, (0, block.index)
-        tasks, solvers = list(block.solved), [seat for seat, _ in block.solved.values()]
+        seats, made, solved = self.crew.seats, (0, block.index), block.solved
         near, alone = self.crew.near(seats), len(seats) == 1
         with self._timed("propagate", block):
             # Only what another actor solved moves; on one actor nothing does.
-            experts = [None if alone else solver.actor.experts.remote(made, task, near) for task, solver in zip(tasks, solvers)]
+            experts = {task: None if alone else finished.solver.actor.experts.remote(made, task, near) for task, finished in solved.items()}
             here = [seat for seat in seats if seat.block == block.index]
-            self.ask([(seat, seat.actor.propagate.remote(block.index, tasks, *[one for one, solver in zip(experts, solvers) if solver is not seat]))
+            self.ask([(seat, seat.actor.propagate.remote(block.index, list(solved), *[experts[task] for task, finished in solved.items() if finished.solver is not seat]))
                       for seat in here])
             for seat in here:
                 seat.block, seat.captured = seat.block + 1, False
-        if near and not alone:  # lent GPU memory ends with its lender: what is written goes through the object store
-            experts = [solver.actor.hand_over.remote(made, task) for task, solver in zip(tasks, solvers)]
-        reports = [report for _, told in block.solved.values() for report in told]
-        self.write(Writing(self.run, made, self.architecture.router_groups, block.routers, tasks, solvers, experts,
-                           sorted(reports, key=lambda report: (report["router"], report["expert"])), block.seconds))
+        if not near:  # lent GPU memory ends with its lender; what went through the object store is there without it
+            for task, finished in solved.items():
+                finished.experts = experts[task]
+        self.write(Writing(self.run, made, self.architecture.router_groups, block.routers, solved, block.seconds))
 
     def _timed(self, name: str, block: _Block) -> AbstractContextManager[None]:
         self.record()

@@ -14,7 +14,7 @@ from actors.layer_shard import Share
 from actors.model_reader import ModelReader
 from actors.progress import Reporter
 from actors.shards import Writing
-from actors.wire import pack, pack_all
+from actors.wire import pack_all
 from pipeline.architectures import Architecture
 from pipeline.checkpoint import RunDirectory
 from pipeline.config import Job
@@ -96,15 +96,12 @@ class Stages:
 
     def read_shard(self, index: int) -> ray.ObjectRef:
         """A finished shard, for actors that do not see the run directory."""
-        tensors, labels = self.run.storage.read(index)
-        return ray.put((pack_all(tensors), [pack(labels_N) for labels_N in labels]))
+        return ray.put(pack_all(self.run.storage.read(index)))
 
     def write(self, writing: Writing) -> None:
-        """Begin to write a block's shard: the actors that see where to take turns."""
-        seats = self.crew.seats
-        able = [seat for seat in seats if seat.sees_run and (len(seats) == 1 or None not in writing.experts)] or seats
-        writing.begin(able[writing.index % len(able)], self.driver)
+        """Begin to write a block's shard."""
         self.writings.append(writing)
+        writing.begin(self.crew, self.driver, self.where)
 
     def record(self, most: int | None = None) -> None:
         """Note in the manifest which shards are written, which goes on beside the blocks that follow. most: wait until no more

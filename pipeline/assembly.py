@@ -12,6 +12,7 @@ from pipeline import modeling_sparse_expansion
 from pipeline.blocks import BlockwiseModel
 from pipeline.files import MARK, sha256
 from pipeline.modeling_sparse_expansion import SparseExpansionConfig
+from pipeline.shard import stacked, take_labels
 from pipeline.storage import Storage
 from pipeline.weights import save_tensors
 
@@ -62,7 +63,13 @@ def assemble(assembly: Assembly, target: Path, advance: Callable[[int], object])
     for index in range(model.num_blocks):
         advance(index)
         dense = {name: cast(tensor) for name, tensor in model.block_weights(index).items() if name not in expanded}
-        tensors, _ = assembly.storage.read(index)
+        tensors = assembly.storage.read(index)
+        take_labels(tensors)
+        for path in [path for group in assembly.router_groups for path in group]:
+            experts_ERC = stacked(tensors, path, assembly.num_experts)
+            for expert in range(assembly.num_experts):
+                del tensors[f"{path}.{expert}.weight"]
+            tensors[f"{path}.weight"] = experts_ERC
         prefix = f"model.{assembly.blocks}.{index}."
         write(index + 2, {prefix + name: tensor for name, tensor in (dense | tensors).items()})
 

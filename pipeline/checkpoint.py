@@ -75,6 +75,7 @@ class RunDirectory:
         check_directory(self.path, identity, resume)
         stored = read_manifest(self.path)
         remove_leftovers(self.path)
+        self.storage.remove_leftovers()
         if stored is None or resume == "never":
             for made in (FOLDER, "model", "stats"):
                 shutil.rmtree(self.path / made, ignore_errors=True)
@@ -90,7 +91,7 @@ class RunDirectory:
         for index, entry in sorted(self.manifest["layers"].items(), key=lambda item: int(item[0])):
             found = self.storage.digest(int(index))
             if found != entry["hash"]:
-                warnings.append(f"{self.storage.path(int(index))} is {'damaged' if found else 'missing'}; layer {index} is made again.")
+                warnings.append(f"{self.storage.path(int(index))} is {'missing' if found is None else 'damaged'}; layer {index} is made again.")
                 del self.manifest["layers"][index]
         for name, digest in self.manifest.get("model", {}).items():
             path = self.model / name

@@ -115,8 +115,8 @@ class Timing:
         write = self.write_seconds()
         return self._around({
             "capture": blocks * capture, "cluster": blocks * cluster, "solve": blocks * solve, "propagate": blocks * propagate,
-            # Beside the blocks that follow, but for the last; the actors take turns.
-            "write": write + (blocks - 1) * max(0.0, write / self.cluster.actors - capture - cluster - solve),
+            # Beside the blocks that follow, but for the last.
+            "write": write + (blocks - 1) * max(0.0, write - capture - cluster - solve),
         })
 
     def dense(self) -> dict[str, float]:
@@ -242,12 +242,11 @@ class Timing:
         return exchange + self._pass(self.shares.own_tokens, routed=True)
 
     def write_seconds(self) -> float:
-        """Of one block's shard, by one actor, beside what it computes. With dense propagation everybody writes, to one disk of a node."""
-        work, size, rates = self.work, self.work.shard_bytes, self.rates
-        alone = work.job.propagation == "dense" or self.cluster.actors == 1
-        copies = self.shares.most_weights + (0 if alone else work.expert_bytes)
-        writers = self.cluster.actors_on_node if work.job.propagation == "dense" else 1
-        return copies / rates.from_device + writers * size / rates.file + size / rates.hash
+        """Of one block's shard, beside what is computed: everybody's own experts, to one disk of a node. With dense propagation
+        everybody has a shard."""
+        size, rates = self.work.shard_bytes, self.rates
+        on_disk = self.cluster.actors_on_node * (size if self.work.job.propagation == "dense" else size / self.cluster.actors)
+        return self.shares.most_weights * (1 / rates.from_device + 1 / rates.hash) + on_disk / rates.file
 
     def evaluate_seconds(self, block_bytes: int, routed: bool) -> float:
         """A block is read while the one before runs."""

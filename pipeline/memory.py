@@ -17,6 +17,7 @@ from pipeline.devices import CPU_BATCHES
 from pipeline.expansion import bytes_of_expert
 from pipeline.footprint import expert_bytes, working_bytes
 from pipeline.gram import TOKENS_PER_PRODUCT, partial_sums
+from pipeline.layout import PIECE, WRITERS
 from pipeline.model_shape import ModelShape
 from pipeline.perplexity import LOGITS
 from pipeline.principal import MORE, WHOLE
@@ -211,8 +212,6 @@ def device_memory(work: Work, cluster: Cluster) -> Memory:
                             "work": work.cache_bytes}
     before = shares.most_weights if work.shape.blocks > 1 else 0  # of the block before, until they are written
     lent = _lent_bytes(work, cluster, shares)
-    if lent:
-        before *= 2  # they stay lent until they are written, too
     add("capture", before, _pass_bytes(work, cluster) + base["dense block"])
     if work.job.num_clusters > 1:
         add("cluster", before, max(_cluster_bytes(work, shares)), **_part(lent, "cluster"))
@@ -268,9 +267,7 @@ def least_device_memory(work: Work, cluster: Cluster) -> int:
 def host_memory(work: Work, cluster: Cluster, device: Memory) -> dict[str, int]:
     """Bytes of the fullest node's memory beside the object store, by part: its actors' and the driver's."""
     actors = cluster.actors_on_node
-    shares = Shares(work, cluster)
-    copies = work.expert_bytes + (shares.most_weights if cluster.actors > 1 else 0)  # a shard on its way to disk
-    writing = {"driver": DRIVER, WRITING: copies * (actors if work.job.propagation == "dense" else 1)}
+    writing = {"driver": DRIVER, WRITING: actors * WRITERS * PIECE}
     if not cluster.gpu_bytes:
         return {PROCESSES: actors * device.of(device.peak)} | writing
     block = 2 * work.shape.block.parameters * work.dtype.itemsize  # as it was read and as it is sent

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from pipeline.files import piecewise_sha256
+from pipeline.layout import WRITERS, Layout, described, digest_of
 from pipeline.routing import Entry, Tournament, play
 
 SIDE = {"cpu": 1024, "cuda": 8192}  # of the matrix products
@@ -103,13 +103,17 @@ def _kmeans(device: torch.device, step: float) -> float:
 
 def _file(folder: Path) -> tuple[float, float]:
     """Bytes/s written and flushed, and hashed."""
-    data = os.urandom(FILE)
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".measured-") as file:
+    data = torch.randint(256, (WRITERS, FILE // WRITERS), dtype=torch.uint8)
+    tensors = {str(number): part for number, part in enumerate(data)}
+    layout = Layout(described(tensors), {})
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".measured-") as inside:
+        file = Path(inside) / "file"
         start = time.perf_counter()
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        with open(file, "wb") as opened:
+            opened.write(layout.header + data.numpy().tobytes())
+            opened.flush()
+            os.fsync(opened.fileno())
         written = time.perf_counter() - start
         start = time.perf_counter()
-        piecewise_sha256(Path(file.name))
+        digest_of(file)
         return FILE / written, FILE / (time.perf_counter() - start)

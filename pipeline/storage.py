@@ -1,6 +1,6 @@
 """Where layer shards lie: a directory, or a place that fsspec knows (s3://bucket/run, sftp://...)."""
 
-import hashlib
+import os
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from pipeline.errors import UserError
-from pipeline.files import PIECE, combined, piecewise_sha256, replacing
-from pipeline.weights import save_tensors
+from pipeline.files import MARK, flushed, remove_leftovers
+from pipeline.layout import Entry, Layout, described, digest_of, digest_of_stream
 
-FORMAT = 2  # 1 named layers by one SHA-256 of the whole file
+FORMAT = 3  # 1 and 2 kept all experts of a linear in one tensor, and hashed whole files
 FOLDER = "layers"
 
 
@@ -30,47 +30,69 @@ class Storage:
     def path(self, index: int) -> str:
         return f"{self.root.rstrip('/')}/{FOLDER}/layer_{index:03d}.safetensors"
 
+    def layout(self, entries: dict[str, Entry]) -> Layout:
+        return Layout(entries, {"format": str(FORMAT)})
+
+    # A file that several fill: made by one, filled by all, and whole or not there at all
+
+    def create(self, index: int, layout: Layout) -> Path:
+        """A file for `Layout.fill`, beside the place that `finish` will give it."""
+        path = Path(self.path(index))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}{MARK}{os.getpid()}")
+        layout.create(temporary)
+        return temporary
+
+    def finish(self, index: int, temporary: Path) -> None:
+        """Every tensor is there."""
+        flushed(temporary)
+        os.replace(temporary, self.path(index))
+        flushed(temporary.parent)
+
     def write(self, index: int, tensors: dict[str, Tensor]) -> str:
-        """Write a layer's tensors, whole or not at all; returns the file's hash (`piecewise_sha256`). The same tensors give the same bytes."""
-        tensors = {name: tensors[name].cpu() for name in sorted(tensors)}
-        metadata = {"format": str(FORMAT)}
+        """Write a layer's tensors, whole or not at all; returns the file's hash. The same tensors give the same bytes."""
+        layout = self.layout(described(tensors))
         if self.is_remote:
             with tempfile.TemporaryDirectory() as folder:
                 file = Path(folder) / "shard"
-                save_tensors(tensors, file, metadata)
+                layout.create(file)
+                digest = layout.digest(layout.fill(file, tensors))
                 filesystem, path = self._remote(index)
                 filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
                 filesystem.put_file(str(file), path)
-                return piecewise_sha256(file)
-        path = Path(self.path(index))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            save_tensors(tensors, temporary, metadata)
-            return piecewise_sha256(temporary)
+                return digest
+        temporary = self.create(index, layout)
+        try:
+            digest = layout.digest(layout.fill(temporary, tensors))
+            self.finish(index, temporary)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return digest
 
-    def read(self, index: int) -> tuple[dict[str, Tensor], list[Tensor]]:
-        """The tensors that go into the model, and the labels of each router."""
-        if self.is_remote:
-            with tempfile.TemporaryDirectory() as folder:
-                filesystem, path = self._remote(index)
-                filesystem.get_file(path, f"{folder}/shard")
-                tensors = load_file(f"{folder}/shard")
-        else:
-            tensors = load_file(self.path(index))
-        labels = [tensors.pop(name) for name in sorted(name for name in tensors if name.startswith("labels."))]
-        return tensors, labels
+    def read(self, index: int) -> dict[str, Tensor]:
+        """All tensors, on the CPU."""
+        if not self.is_remote:
+            return load_file(self.path(index))
+        with tempfile.TemporaryDirectory() as folder:
+            filesystem, path = self._remote(index)
+            filesystem.get_file(path, f"{folder}/shard")
+            return load_file(f"{folder}/shard")
 
     def digest(self, index: int) -> str | None:
-        """Hash of a layer's file; None if it is not there."""
+        """Hash of a layer's file, empty if it is damaged beyond that; None if it is not there."""
         if not self.is_remote:
             path = Path(self.path(index))
-            return piecewise_sha256(path) if path.is_file() else None
+            return digest_of(path) or "" if path.is_file() else None
         filesystem, path = self._remote(index)
         if not filesystem.exists(path):
             return None
         with filesystem.open(path, "rb") as opened:
-            pieces = iter(lambda: opened.read(PIECE), b"")
-            return combined(hashlib.sha256(piece).digest() for piece in pieces)
+            return digest_of_stream(opened, filesystem.size(path)) or ""
+
+    def remove_leftovers(self) -> None:
+        """Files that nobody finished. (A remote place shows whole files only.)"""
+        if not self.is_remote:
+            remove_leftovers(Path(self.root) / FOLDER)
 
     def check(self) -> None:
         """Raises UserError if nothing can be written there."""

@@ -20,7 +20,7 @@ from pipeline.model_shape import ModelShape
 from pipeline.plan_text import describe_comparison
 from pipeline.rates import H100, Rates
 from pipeline.scaling import MAKING, NODE, STORE, predicted
-from pipeline.shard import shard_tensors
+from pipeline.shard import expert_tensors, router_tensors
 from pipeline.storage import Storage
 from pipeline.verdict import problems
 from pipeline.windows import Windows
@@ -110,7 +110,7 @@ def test_bytes_of_a_block_are_those_of_its_tensors(model_type, tmp_path):
         routers.append(({"weight": fitted.weight_EC, "bias": fitted.bias_E}, fitted.labels_N))
     assert work.expert_bytes == sum(weight_ERC.nbytes for weight_ERC in weights.values())
     storage = Storage(str(tmp_path))
-    storage.write(0, shard_tensors(architecture.router_groups, weights, routers))
+    storage.write(0, expert_tensors(range(3), weights) | router_tensors(architecture.router_groups, routers, 3))
     written = (tmp_path / "layers" / "layer_000.safetensors").stat().st_size
     assert written == pytest.approx(work.shard_bytes, rel=0.01)
 

@@ -19,7 +19,7 @@ from pipeline.config import Job
 from pipeline.demo import DEMO_MODEL
 from pipeline.expansion import TokensByExpert, capture, fit_router, propagate, solve_experts
 from pipeline.routing import Routing
-from pipeline.shard import shard_tensors
+from pipeline.shard import expert_tensors, router_tensors
 from pipeline.storage import Storage
 from pipeline.windows import Windows
 from tests.benchmarks.measure import DEVICE, ON_GPU
@@ -98,7 +98,7 @@ def in_one_process(job: Job, windows: Windows, directory) -> None:
             linears = {path: block.get_submodule(path).weight for path in group}
             weights |= solve_experts([job], linears, list(range(job.num_clusters)), by_expert.of, counts)[0][0]
             routers.append(({"weight": fitted.weight_EC, "bias": fitted.bias_E}, fitted.labels_N))
-        storage.write(index, shard_tensors(architecture.router_groups, weights, routers))
+        storage.write(index, expert_tensors(range(job.num_clusters), weights) | router_tensors(architecture.router_groups, routers, job.num_clusters))
         propagate(model, block, index, hidden, architecture, weights, [labels_N for _, labels_N in routers], captured.attention)
 
 
