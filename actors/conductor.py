@@ -98,7 +98,7 @@ class Conductor:
 
     def assemble(self, job: Job, source: Source, architecture: Architecture, storage: Storage, target: Path) -> dict[str, str]:
         """Make the saved model from all layers, on the driver's machine; returns its files' hashes."""
-        assembly = Assembly(source.directory, storage, job.num_clusters, architecture.router_groups, architecture.blocks, self.dtype,
+        assembly = Assembly(source.directory, storage, job, architecture.router_groups, architecture.blocks, self.dtype,
                             {"dense_model": source.described(), **job.recipe()})
         with self.clock.timed("assemble"):
             return assemble(assembly, target, lambda index: self.reporter.stage("assemble", f"layer {index + 1} of {source.num_blocks}"))

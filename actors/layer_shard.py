@@ -26,17 +26,19 @@ from pipeline.blocks import BlockwiseModel
 from pipeline.config import Job
 from pipeline.devices import device_name, prepare_device
 from pipeline.errors import UserError
-from pipeline.expansion import TokensByExpert, advance, capture, fit_router, propagate, solve_experts
+from pipeline.expansion import Solved, TokensByExpert, advance, capture, fit_router, propagate, solve_experts
 from pipeline.footprint import shape_of, working_bytes
 from pipeline.layout import Entry, Layout, described
 from pipeline.loans import Handle, LoanError, borrow
 from pipeline.modeling_sparse_expansion import router_name
+from pipeline.packed_experts import Form
+from pipeline.packing import forms_of
 from pipeline.perplexity import window_losses
 from pipeline.routing import Entry as KMeansEntry
 from pipeline.routing import Run, Tournament
 from pipeline.sampling import sample_windows
 from pipeline.schedule import Task, in_groups, in_order
-from pipeline.shard import expert_tensors, router_tensors, stacked, take_labels
+from pipeline.shard import dense_experts, expert_tensors, router_tensors, take_labels
 from pipeline.storage import Storage
 from pipeline.timeline import Clock
 from pipeline.warmth import warm_up
@@ -96,7 +98,7 @@ class Share:
 Made = tuple[int, int]  # a block in the making: number of the job (0 where there is one), index of the block
 READS, WRITES = "reads", "writes"  # what is done beside computing
 OFFERED = 64  # numbers in the offer by which actors find out whether they can borrow
-ROUTERS, TOKENS = "routers", "tokens"  # what is lent for the routers of a block until they are fitted, and for its experts until they are solved
+ROUTERS, TOKENS, EXPERTS = "routers", "tokens", "experts"  # what is lent until a block's routers are fitted, its experts solved, and everybody has propagated
 
 
 def beside(group: str) -> Callable:
@@ -205,7 +207,8 @@ class LayerShard:
         self.shelf = Shelf(self.device, *room(job.activations, self.device, working, host_bytes), folder)
         self.hidden = {number: self.shelf.put(f"hidden of group {number}", self.model.embed(ids_WL)) for number, ids_WL in share.windows.items()}
         self.loaded: dict[int, torch.nn.Module] = {}  # dense blocks for `pass_on`
-        self.solved: dict[Made, dict[Task, dict[str, Tensor]]] = {}  # experts by block and task
+        self.solved: dict[Task, dict[str, Tensor]] = {}  # this block's experts (E, R, C) by path
+        self.packed: dict[Made, dict[Task, dict[str, Tensor]]] = {}  # what is to be written
         self.own: dict[str, dict] = {"means": {}, "parts": {}, "points": {}}  # by router: what this actor need not send to itself
         self.points: dict[int, Tensor] = {}
 
@@ -217,8 +220,8 @@ class LayerShard:
     @computes
     def capture(self, index: int, weights: dict) -> None:
         log.info("layer %d: capturing %d window groups", index, len(self.hidden))
-        self.outbox.take_back((0, index - 1))  # everybody has propagated
-        self.solved[0, index] = {}
+        self.outbox.take_back(EXPERTS)  # everybody has propagated
+        self.solved, self.packed[0, index] = {}, {}
         self._capture(index, unpack_all(weights))
 
     def _capture(self, index: int, weights: dict[str, Tensor] | None, besides: str = "attention") -> None:
@@ -321,7 +324,7 @@ class LayerShard:
 
     @computes
     def solve(self, index: int, task: Task, *elsewhere: dict[int, Wire]) -> tuple[list[dict], dict[str, Entry]]:
-        """Solve a task's experts (`elsewhere`: the other actors' tokens, by rank); the weights stay here until `forget`.
+        """Solve a task's experts (`elsewhere`: the other actors' tokens, by rank); the weights stay here.
         Returns their reports, and what they are in the block's shard."""
         log.info("layer %d: solving experts %s of router %d", index, list(task.experts), task.router)
 
@@ -330,37 +333,42 @@ class LayerShard:
             parts.insert(self.rank, self._tokens_of(task.router, expert))
             return parts
 
-        [(weights, reports)] = self._solve([self.job], task, tokens_of, self.counts[task.router])
-        self.solved[0, index][task] = weights
-        return reports, described(expert_tensors(task.experts, weights))
+        [solved] = self._solve([self.job], task, tokens_of, self.counts[task.router])
+        self.solved[task] = solved.weights
+        return self._pack(self.job, (0, index), task, solved)
 
-    def _solve(self, jobs: list[Job], task: Task, tokens_of: Callable, counts: list[int]) -> list[tuple[dict[str, Tensor], list[dict]]]:
+    def _pack(self, job: Job, made: Made, task: Task, solved: Solved) -> tuple[list[dict], dict[str, Entry]]:
+        """Keep experts for the shard. Returns their reports, and what they are in it."""
+        group = self.groups[task.router]
+        packed = self.packed[made][task] = expert_tensors(self._forms(job, self.block, group), task.experts, solved.weights, solved.grids)
+        router = router_name(list(group))
+        return [{"router": router, **asdict(report)} for report in solved.reports], described(packed)
+
+    def _solve(self, jobs: list[Job], task: Task, tokens_of: Callable, counts: list[int]) -> list[Solved]:
         group = self.groups[task.router]
         linears = {path: self.block.get_submodule(path).weight for path in group}
         self.meter.add("solves", len(task.experts) * len(linears) * len(jobs))
-        return [(weights, [{"router": router_name(list(group)), **asdict(report)} for report in reports])
-                for weights, reports in solve_experts(jobs, linears, list(task.experts), tokens_of, counts)]
+        return solve_experts(jobs, linears, list(task.experts), tokens_of, counts)
 
     @computes
     def experts(self, made: Made, task: Task, near: bool) -> dict:
-        """The finished experts of a task, for the other actors."""
-        return self.outbox.send_all(self.solved[made][task], made if near else None)
+        """The finished experts of a task, for the other actors; packed, where they go through the object store."""
+        return self.outbox.send_all(self.solved[task], EXPERTS) if near else self.outbox.send_all(self.packed[made][task])
 
     @beside(WRITES)
     def hand_over(self, made: Made, task: Task) -> dict:
-        """The finished experts of a task, for whoever writes them in this actor's place."""
-        return self.outbox.send_all(self.solved[made][task])
+        """The finished experts of a task, packed, for whoever writes them in this actor's place."""
+        return self.outbox.send_all(self.packed[made][task])
 
     def forget(self, made: Made) -> None:
         """A block is written: its experts are not needed any more."""
-        self.solved.pop(made, None)
-        self.outbox.take_back(made)
+        self.packed.pop(made, None)
 
     @beside(WRITES)
     def write(self, file: Path, layout: Layout, made: Made, tasks: list[Task]) -> dict[str, bytes]:
         """Write this actor's own experts of these tasks into a block's shard, which is being filled by others too; returns their hashes."""
-        own = self.solved[made]
-        return layout.fill(file, {name: tensor for task in tasks for name, tensor in expert_tensors(task.experts, own[task]).items()})
+        own = self.packed[made]
+        return layout.fill(file, {name: tensor for task in tasks for name, tensor in own[task].items()})
 
     @beside(WRITES)
     def write_whole(self, storage: Storage, made: Made, fitted: list[dict], tasks: dict[Task, ray.ObjectRef | None]) -> str:
@@ -368,14 +376,16 @@ class LayerShard:
         asked after a call that has to wait for its arguments waits with it."""
         tensors = router_tensors(self.groups, fitted_routers(fitted), len(fitted[0]["counts"]))
         for task, elsewhere in tasks.items():
-            tensors |= expert_tensors(task.experts, self.solved[made][task] if elsewhere is None else unpack_all(ray.get(elsewhere)))
+            tensors |= self.packed[made][task] if elsewhere is None else unpack_all(ray.get(elsewhere))
         return storage.write(made[1], tensors)
 
     @computes
-    def propagate(self, index: int, tasks: list[Task], *elsewhere: dict) -> None:
-        """Send this actor's windows through the experts: the next block's inputs."""
+    def propagate(self, index: int, tasks: list[Task], near: bool, *elsewhere: dict) -> None:
+        """Send this actor's windows through the experts: the next block's inputs. elsewhere: what other actors solved, in the order of the tasks."""
         self.outbox.take_back(TOKENS)
-        weights = self._weights((0, index), tasks, elsewhere, self.device)
+        others = iter(elsewhere)
+        found = (self.solved.get(task) or self._received(task, next(others), near) for task in tasks)  # one at a time: they come to the device
+        weights = in_order(tasks, found, self.device)
         propagate(self.model, self.block, index, self.hidden, self.architecture, weights, self.labels, self.captured.attention)
 
     @computes
@@ -385,14 +395,21 @@ class LayerShard:
         tensors = storage.read(index) if shard is None else unpack_all(shard)
         labels = take_labels(tensors)
         block = self.model.load_block(index, unpack_all(weights))
-        experts = {path: stacked(tensors, path, self.job.num_clusters, self.device) for group in self.groups for path in group}
+        everybody = range(self.job.num_clusters)
+        experts = {path: dense_experts(tensors, path, form, everybody, self.dtype, self.device) for group in self.groups for path, form in self._forms(self.job, block, group).items()}
         propagate(self.model, block, index, self.hidden, self.architecture, experts, [labels_N[self.share.slice].to(self.device) for labels_N in labels])
 
-    def _weights(self, made: Made, tasks: list[Task], elsewhere: Sequence[dict], device: torch.device) -> dict[str, Tensor]:
-        """Experts of all tasks in order (E, R, C) by path: this actor's own, and the others' in the order of the tasks."""
-        others = iter(elsewhere)
-        found = (self.solved.get(made, {}).get(task) or unpack_all(next(others)) for task in tasks)  # one at a time: they may come to the GPU
-        return in_order(tasks, found, device)
+    def _received(self, task: Task, wires: dict, near: bool) -> dict[str, Tensor]:
+        """Experts (E, R, C) of a task that another actor solved, by path."""
+        tensors = unpack_all(wires)
+        if near:
+            return tensors
+        forms = self._forms(self.job, self.block, self.groups[task.router])
+        return {path: dense_experts(tensors, path, form, task.experts, self.dtype, self.device) for path, form in forms.items()}
+
+    def _forms(self, job: Job, block: torch.nn.Module, group: Sequence[str]) -> dict[str, Form | None]:
+        """How experts of these linears are stored."""
+        return forms_of(job, {path: block.get_submodule(path).weight for path in group}, self.dtype)
 
     # Blocks that do not wait for each other (--propagation dense): this actor makes its own alone, from all windows
 
@@ -445,7 +462,7 @@ class LayerShard:
             self._capture(index, found[-1], "outputs" if more else "")
         results = [{"fitted": [], "tasks": {}, "seconds": {}} for _ in jobs]
         for number in range(len(jobs)):
-            self.solved[number, index] = {}
+            self.packed[number, index] = {}
         for router in range(len(self.groups)):
             for alike in in_groups(jobs, lambda job: str(job.routers())):
                 with clock.timed("cluster"):
@@ -463,10 +480,9 @@ class LayerShard:
         task = Task(router, tuple(range(jobs[0].num_clusters)))
         log.info("layer %d: solving %d experts of router %d", index, len(task.experts), router)
         solved = self._solve(jobs, task, lambda expert: by_expert.of(expert) if told["counts"][expert] else self._inputs(router), told["counts"])
-        for number, (weights, reports) in zip(numbers, solved):
-            self.solved[number, index][task] = weights
+        for job, number, made in zip(jobs, numbers, solved):
             results[number]["fitted"].append(told)
-            results[number]["tasks"][task] = reports, described(expert_tensors(task.experts, weights))
+            results[number]["tasks"][task] = self._pack(job, (number, index), task, made)
 
     # Evaluation: block by block, every actor its own windows
 

@@ -14,7 +14,7 @@ from actors.wire import unpack_all
 from pipeline.checkpoint import RunDirectory
 from pipeline.layout import Entry, Layout, described
 from pipeline.schedule import Task
-from pipeline.shard import expert_tensors, router_tensors
+from pipeline.shard import router_tensors
 
 
 @dataclass
@@ -77,7 +77,7 @@ class Writing:
                       for seat in crew.seats if seat in writers.values()]
         others = [task for task in self.tasks if writers[task] is None]
         self._hand_over(others)
-        self.parts.append((None, driver.submit(_write, self.file, self.layout, here, {task: self.tasks[task].experts for task in others})))
+        self.parts.append((None, driver.submit(_write, self.file, self.layout, here, [self.tasks[task].experts for task in others])))
 
     def _hand_over(self, tasks: list[Task]) -> None:
         for task in tasks:
@@ -102,9 +102,9 @@ class Writing:
         return self.layout.digest(hashes)
 
 
-def _write(file: Path, layout: Layout, tensors: dict, experts: dict[Task, ray.ObjectRef]) -> dict[str, bytes]:
+def _write(file: Path, layout: Layout, tensors: dict, experts: list[ray.ObjectRef]) -> dict[str, bytes]:
     """The driver's part: routers, and what the others cannot write."""
     hashes = layout.fill(file, tensors)
-    for task, handed_over in experts.items():
-        hashes |= layout.fill(file, expert_tensors(task.experts, unpack_all(ray.get(handed_over))))
+    for handed_over in experts:
+        hashes |= layout.fill(file, unpack_all(ray.get(handed_over)))
     return hashes

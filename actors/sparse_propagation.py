@@ -183,11 +183,11 @@ class SparsePropagation(Stages):
             # Only what another actor solved moves; on one actor nothing does.
             experts = {task: None if alone else finished.solver.actor.experts.remote(made, task, near) for task, finished in solved.items()}
             here = [seat for seat in seats if seat.block == block.index]
-            self.ask([(seat, seat.actor.propagate.remote(block.index, list(solved), *[experts[task] for task, finished in solved.items() if finished.solver is not seat]))
+            self.ask([(seat, seat.actor.propagate.remote(block.index, list(solved), near, *[experts[task] for task, finished in solved.items() if finished.solver is not seat]))
                       for seat in here])
             for seat in here:
                 seat.block, seat.captured = seat.block + 1, False
-        if not near:  # lent GPU memory ends with its lender; what went through the object store is there without it
+        if not near:  # lent GPU memory ends with its lender; what went through the object store, packed, is there without it
             for task, finished in solved.items():
                 finished.experts = experts[task]
         self.write(Writing(self.run, made, self.architecture.router_groups, block.routers, solved, block.seconds))

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 from pipeline.architectures import architecture_of
 from pipeline.errors import UserError
 from pipeline.model_config import is_expanded, read_config
-from pipeline.modeling_sparse_expansion import SparseExpansionForCausalLM
+from pipeline.modeling_sparse_expansion import RoutedLinear, SparseExpansionForCausalLM
 from pipeline.weights import Checkpoint
 
 
@@ -87,10 +87,19 @@ class BlockwiseModel:
         return self._read(self._blocks[index], f"{self._prefix}.{index}.")
 
     def load_block(self, index: int, weights: dict[str, Tensor] | None = None) -> nn.Module:
-        """One block with its weights (read from the checkpoint if they are not given) on the device."""
+        """One block with its weights (read from the checkpoint if they are not given) on the device. Experts are unpacked: there
+        is room for those of one block."""
         block = copy.deepcopy(self._blocks[index])
         block.__dict__.pop("forward", None)
-        return self._fill(block, self.block_weights(index) if weights is None else weights)
+        self._fill(block, self.block_weights(index) if weights is None else weights)
+        for name, module in block.named_modules():
+            if isinstance(module, RoutedLinear):
+                try:
+                    module.check(f"{self._prefix}.{index}.{name}")
+                except ValueError as error:
+                    raise UserError(f"{self._checkpoint.directory if self._checkpoint else 'the model'}: {error}.") from None
+                module.unpack_(self.dtype)
+        return block.requires_grad_(False)
 
     def shell_weights(self) -> dict[str, Tensor]:
         """All tensors outside the blocks as stored, by the model's names; tied ones once."""
@@ -116,7 +125,7 @@ class BlockwiseModel:
             if tensor.shape != expected[name].shape:
                 raise UserError(f"{self._checkpoint.directory if self._checkpoint else 'the model'}: the tensor {name} has shape {tuple(tensor.shape)}, "
                                 f"the configuration asks for {tuple(expected[name].shape)}.")
-        cast = {name: tensor if "_router." in name or not tensor.is_floating_point() else tensor.to(self.dtype)
+        cast = {name: tensor if "_router." in name or name.endswith(".scale") or not tensor.is_floating_point() else tensor.to(self.dtype)
                 for name, tensor in weights.items()}
         module.load_state_dict({name: tensor.to(self.device) for name, tensor in cast.items()}, strict=False, assign=True)
         self._tie()  # assigning a tied parameter leaves the other end with the old one

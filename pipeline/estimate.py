@@ -31,6 +31,7 @@ COLUMN_PASSES = 70  # over a block's weights, float32, while its columns are sol
 TOKENS_PER_CHUNK = 4096
 SAMPLED_STEPS, STEPS = 25, 60  # that a KMeans run takes to its end, over a sample and over all tokens
 BLOCK_CALLS, CPU_STEP = 4, 1e-4  # of one token through a block: steps, and seconds of one on a CPU
+PACK = 20  # passes over an expert while it is packed
 CALL = 0.005  # seconds until an actor begins what it is asked
 SEEN_AS = {"expand": "solve", "dense pass": "capture", "write": "solve", "evaluate dense": "evaluate expanded"}  # whose memory a stage has
 START = {"cpu": 10.0, "cuda": 20.0}  # Ray, actors, libraries; most of it imports
@@ -130,6 +131,7 @@ class Timing:
         alone = ((each - 1) * passing + self._pass(work.tokens, routed=False)) / each + self._load() + CALL + READS * self._spilled()
         alone += sum(self._fit_alone(columns) for _, columns in work.groups) if work.job.num_clusters > 1 else 0.0
         alone += sum(self._sums(work.tokens, columns) + self._solve_batches(rows, columns, work.job.num_clusters) for rows, columns in work.groups)
+        alone += PACK * work.expert_bytes / self.rates.copy
         write = self.write_seconds()
         return self._around({"dense pass": piped, "expand": each * max(alone, write) + write})
 
@@ -141,7 +143,7 @@ class Timing:
         around["assemble"] = work.model_bytes * (1 / self.rates.file + 1 / self.rates.hash + 1 / self.rates.store)
         if work.evaluation:
             block = work.shape.block
-            around["evaluate expanded"] = self.evaluate_seconds((block.parameters - block.expanded_parameters) * work.dtype.itemsize + work.expert_bytes, True)
+            around["evaluate expanded"] = self.evaluate_seconds((block.parameters - block.expanded_parameters) * work.dtype.itemsize + work.packed_bytes, True)
             if not work.job.no_dense:
                 around["evaluate dense"] = self.evaluate_seconds(block.parameters * work.dtype.itemsize, False)
         return around
@@ -156,7 +158,7 @@ class Timing:
         parts = 0 if work.job.no_pca or work.job.num_clusters == 1 else sum(4 * columns**2 * sum(self.shares.nodes_of_sums) for _, columns in work.groups)
         tokens = sum(columns for _, columns in work.groups) * work.tokens * work.dtype.itemsize * (1 - 1 / actors)
         return {"capture": blocks * dense, "cluster": blocks * (points + parts), "solve": int(blocks * tokens),
-                "propagate": blocks * work.expert_bytes if actors > 1 else 0}
+                "propagate": blocks * work.packed_bytes if actors > 1 else 0}
 
     # Stages of a block, in seconds
 
@@ -230,6 +232,7 @@ class Timing:
             rows, columns = work.groups[task.router]
             tokens = sum(self.shares.counts[task.router][expert] for expert in task.experts)
             seconds += self._sums(tokens, columns, len(task.experts)) + self._solve_batches(rows, columns, len(task.experts))
+            seconds += PACK * len(task.experts) * rows * columns * work.dtype.itemsize / self.rates.copy
             # Everybody on a node is sent tokens of its own.
             seconds += self._receive(tokens * columns * work.dtype.itemsize * (1 - 1 / actors), self.cluster.actors_on_node)
         if actors > 1:
@@ -238,7 +241,8 @@ class Timing:
 
     def propagate_seconds(self) -> float:
         work, actors = self.work, self.cluster.actors
-        exchange = self._send(self.shares.most_weights) + self._receive(work.expert_bytes - self.shares.most_weights) if actors > 1 else 0.0
+        size = 1.0 if self._near else work.packing
+        exchange = self._send(size * self.shares.most_weights) + self._receive(size * (work.expert_bytes - self.shares.most_weights)) if actors > 1 else 0.0
         return exchange + self._pass(self.shares.own_tokens, routed=True)
 
     def write_seconds(self) -> float:
@@ -246,7 +250,7 @@ class Timing:
         everybody has a shard."""
         size, rates = self.work.shard_bytes, self.rates
         on_disk = self.cluster.actors_on_node * (size if self.work.job.propagation == "dense" else size / self.cluster.actors)
-        return self.shares.most_weights * (1 / rates.from_device + 1 / rates.hash) + on_disk / rates.file
+        return self.work.packing * self.shares.most_weights * (1 / rates.from_device + 1 / rates.hash) + on_disk / rates.file
 
     def evaluate_seconds(self, block_bytes: int, routed: bool) -> float:
         """A block is read while the one before runs."""

@@ -118,25 +118,36 @@ class ExpertReport:
     loss: dict[str, float]  # by linear: 2/n squared output error on the expert's tokens, summed over rows
 
 
+@dataclass
+class Solved:
+    """Experts of some linears: weights (E, R, C) and the grid of their codes (with quantization) by path, a report for each expert."""
+
+    weights: dict[str, Tensor]
+    grids: dict[str, Grid]
+    reports: list[ExpertReport]
+
+
 def solve_experts(jobs: Sequence[Job], linears: dict[str, Tensor], experts: list[int], tokens_of: Callable[[int], Tokens],
-                  counts: list[int]) -> list[tuple[dict[str, Tensor], list[ExpertReport]]]:
+                  counts: list[int]) -> list[Solved]:
     """The sparse experts of linears that share an input.
 
     jobs: whose experts are made of the same tokens, so that Hessians and factors serve them all; they may differ in
     sparsity and bits. linears: dense weights (R, C) by path. tokens_of: the tokens (N, C) of an expert, in window order, or
-    parts of them; for an expert that no token goes to, all tokens. counts: tokens of every expert. Returns for each job
-    weights (E, R, C) by path, in the linears' dtype and the order of `experts`, and a report for each expert.
+    parts of them; for an expert that no token goes to, all tokens. counts: tokens of every expert. Returns each job's, with
+    weights in the linears' dtype and everything in the order of `experts`.
     """
     rows = [len(weight) for weight in linears.values()]
     stacked_RC = torch.cat([weight.float() for weight in linears.values()])
-    grids = [_stacked_grid(job, linears.values()) if job.quantize else None for job in jobs]
+    grids = [{path: find_grid(weight.float(), job.bits, job.group_size, job.symmetric, job.mse) for path, weight in linears.items()} if job.quantize else {}
+             for job in jobs]
+    stacked = [_stacked(list(found.values())) if found else None for found in grids]
     dtype = next(iter(linears.values())).dtype
     weights = [{path: weight.new_empty(len(experts), *weight.shape) for path, weight in linears.items()} for _ in jobs]
     reports: list[list[ExpertReport]] = [[] for _ in jobs]
 
     def solve_batch(first: int, batch: list[int]) -> None:
         factor = inverse_factor(_hessians(batch, tokens_of, stacked_RC))  # not kept: as large as the factor
-        for job, grid, made, told in zip(jobs, grids, weights, reports):
+        for job, grid, made, told in zip(jobs, stacked, weights, reports):
             weight_ERC, loss_ER = solve(stacked_RC, factor, job.pattern, rows, grid, dtype)
             parts = dict(zip(linears, weight_ERC.split(rows, dim=1)))
             for path, part_ERC in parts.items():
@@ -159,7 +170,7 @@ def solve_experts(jobs: Sequence[Job], linears: dict[str, Tensor], experts: list
             if len(batch) == 1:
                 raise
             waiting[:0] = [batch[:len(batch) // 2], batch[len(batch) // 2:]]
-    return list(zip(weights, reports))
+    return [Solved(*found) for found in zip(weights, grids, reports)]
 
 
 def _hessians(experts: list[int], tokens_of: Callable[[int], Tokens], weight_RC: Tensor) -> Tensor:
@@ -170,8 +181,7 @@ def _hessians(experts: list[int], tokens_of: Callable[[int], Tokens], weight_RC:
     return hessian_ECC
 
 
-def _stacked_grid(job: Job, weights) -> Grid:
-    grids = [find_grid(weight.float(), job.bits, job.group_size, job.symmetric, job.mse) for weight in weights]
+def _stacked(grids: list[Grid]) -> Grid:
     return Grid(torch.cat([grid.scale_RG for grid in grids]), torch.cat([grid.zero_RG for grid in grids]), grids[0].top, grids[0].width)
 
 

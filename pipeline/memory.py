@@ -19,6 +19,7 @@ from pipeline.footprint import expert_bytes, working_bytes
 from pipeline.gram import TOKENS_PER_PRODUCT, partial_sums
 from pipeline.layout import PIECE, WRITERS
 from pipeline.model_shape import ModelShape
+from pipeline.packing import bytes_of_form
 from pipeline.perplexity import LOGITS
 from pipeline.principal import MORE, WHOLE
 from pipeline.sampling import TOKENS_PER_BATCH
@@ -95,15 +96,25 @@ class Work:
 
     @property
     def expert_bytes(self) -> int:
-        """Of a block, as it is written."""
+        """Of a block's experts, unpacked."""
         return expert_bytes(self.job, self.shape.block, self.dtype)
+
+    @cached_property
+    def packed_bytes(self) -> int:
+        """Of a block's experts, as they are written."""
+        return sum(bytes_of_form(self.job, rows, columns, self.dtype) for rows, columns in self.groups)
+
+    @property
+    def packing(self) -> float:
+        """Packed against unpacked."""
+        return self.packed_bytes / self.expert_bytes
 
     @property
     def shard_bytes(self) -> int:
         """Of a layer's file: experts, routers, labels."""
         experts = self.job.num_clusters
         routers = sum(4 * experts * (columns + 1) for _, columns in self.groups)
-        return self.expert_bytes + routers + len(self.groups) * self.tokens * (1 if experts <= 256 else 4)
+        return self.packed_bytes + routers + len(self.groups) * self.tokens * (1 if experts <= 256 else 4)
 
     @property
     def model_bytes(self) -> int:
@@ -111,7 +122,7 @@ class Work:
         block = self.shape.block
         kept = (block.parameters - block.expanded_parameters) * self.dtype.itemsize
         routers = sum(4 * self.job.num_clusters * (columns + 1) for _, columns in self.groups)
-        return self.shape.shell * self.dtype.itemsize + self.shape.blocks * (kept + routers + self.expert_bytes)
+        return self.shape.shell * self.dtype.itemsize + self.shape.blocks * (kept + routers + self.packed_bytes)
 
 
 @dataclass(frozen=True)
@@ -210,7 +221,7 @@ def device_memory(work: Work, cluster: Cluster) -> Memory:
     if work.sampled:  # the one stage that needs the whole model at once
         stages["sample"] = {"context and libraries": base["context and libraries"], "the whole model": work.shape.parameters * work.dtype.itemsize,
                             "work": work.cache_bytes}
-    before = shares.most_weights if work.shape.blocks > 1 else 0  # of the block before, until they are written
+    before = int(work.packing * shares.most_weights) if work.shape.blocks > 1 else 0  # of the block before, until they are written
     lent = _lent_bytes(work, cluster, shares)
     add("capture", before, _pass_bytes(work, cluster) + base["dense block"])
     if work.job.num_clusters > 1:
@@ -222,7 +233,7 @@ def device_memory(work: Work, cluster: Cluster) -> Memory:
         del stages["propagate"]
     if work.evaluation:
         block = work.shape.block
-        expanded = (block.parameters - block.expanded_parameters) * work.dtype.itemsize + work.expert_bytes
+        expanded = (block.parameters - block.expanded_parameters) * work.dtype.itemsize + int(work.expert_bytes * (1 + work.packing / sum(work.shape.linears)))  # unpacked one linear after the other
         hidden = shares.own_evaluation * work.shape.block.hidden * work.dtype.itemsize
         window = work.evaluation_length * work.shape.vocabulary
         at_a_time = min(max(1, LOGITS // window), max(1, TOKENS_PER_GROUP[cluster.device_type] // work.evaluation_length), work.evaluation)
@@ -256,7 +267,7 @@ def least_device_memory(work: Work, cluster: Cluster) -> int:
     tight = replace(work, job=work.job.model_copy(update={"activations": "disk"}), evaluation=0)
     shares = Shares(tight, cluster)
     base = (CONTEXT if cluster.gpu_bytes else PROCESS) + (work.shape.shell + work.shape.block.parameters) * work.dtype.itemsize
-    solving = max(shares.weights_of(tasks[:number + 1]) + _bytes_of_one(*work.groups[task.router])
+    solving = max((1 + work.packing) * shares.weights_of(tasks[:number + 1]) + _bytes_of_one(*work.groups[task.router])
                   for tasks in shares.tasks for number, task in enumerate(tasks))
     propagating = sum(_propagate_bytes(tight, cluster, shares)) if work.job.propagation == "sparse" else 0
     clustering = max(_cluster_bytes(tight, shares)) if work.job.num_clusters > 1 else 0
@@ -282,7 +293,7 @@ def store_bytes(work: Work, cluster: Cluster) -> dict[str, int]:
     points = sum(4 * work.tokens * work.components(columns) for _, columns in work.groups)
     sums = max(4 * sum(shares.nodes_of_sums) * columns**2 for _, columns in work.groups) if not work.job.no_pca and work.job.num_clusters > 1 else 0
     exchanged = sum(columns for _, columns in work.groups) * work.dtype.itemsize * work.tokens * elsewhere
-    experts = work.expert_bytes if actors > 1 else 0
+    experts = work.packed_bytes if actors > 1 else 0
     if work.job.propagation == "dense":
         return {"dense pass": work.tokens * work.shape.block.hidden * work.dtype.itemsize if actors > 1 else 0, "expand": 0}
     return {"capture": 2 * block, "cluster": int(sums + points), "solve": int(exchanged * min(1, 2 / cluster.nodes)), "propagate": experts}
@@ -357,7 +368,9 @@ def _solve_peak(work: Work, cluster: Cluster, shares: Shares, held: int) -> tupl
     for tasks in shares.tasks:
         for number, task in enumerate(tasks):
             rows, columns = work.groups[task.router]
-            made = shares.weights_of(tasks[:number + 1])
+            made = int((1 + work.packing) * shares.weights_of(tasks[:number + 1]))
+            if work.job.propagation == "dense":  # what is packed is not kept otherwise
+                made -= shares.weights_of(tasks[:number])
             stacked = 4 * rows * columns
             free = cluster.gpu_bytes - held - made - stacked if cluster.gpu_bytes else CPU_BATCHES
             batch = max(1, min(len(task.experts), int(free) // 2 // bytes_of_expert(rows, columns)))
@@ -366,5 +379,6 @@ def _solve_peak(work: Work, cluster: Cluster, shares: Shares, held: int) -> tupl
 
 
 def _propagate_bytes(work: Work, cluster: Cluster, shares: Shares) -> tuple[int, int]:
-    """All experts of the block, and beside them this actor's own, where they are not all; and the pass."""
-    return work.expert_bytes + (shares.most_weights if cluster.actors > 1 else 0), _routed_pass_bytes(work, cluster)
+    """All experts of the block, and beside them this actor's own, packed and, where they are not all, unpacked; and the pass."""
+    own = shares.most_weights * (work.packing + (cluster.actors > 1))
+    return work.expert_bytes + int(own), _routed_pass_bytes(work, cluster)

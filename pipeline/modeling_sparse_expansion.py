@@ -1,6 +1,6 @@
 """A causal LM whose feed-forward linears are mixtures of sparse experts.
 
-This file travels inside every saved model and needs torch and transformers alone:
+This file and those that it imports travel inside every saved model and need torch and transformers alone:
 
     AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True)
 
@@ -8,12 +8,30 @@ Shapes: N tokens, C columns (in features), R rows (out features), E experts.
 Source of the method: Sparse Expansion (arXiv 2405.15756).
 """
 
+import importlib.util
 import weakref
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PretrainedConfig, PreTrainedModel
+
+from .packed_experts import Form, check, unpack
+
+
+FEW = 16  # tokens that are multiplied straight from the packed experts, on a GPU
+
+
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def kernels():
+    """Imported where they are used: triton needs a compiler at hand."""
+    from . import expert_kernels
+
+    return expert_kernels
 
 
 class Router(nn.Module):
@@ -50,33 +68,98 @@ class Router(nn.Module):
 
 
 class RoutedLinear(nn.Module):
-    """A linear with one weight for each expert: `weight` (E, R, C), `bias` (R) shared by the experts or None."""
+    """A linear with one weight for each expert, and a `bias` (R) shared by the experts or None.
 
-    def __init__(self, router: nn.Module, num_experts: int, in_features: int, out_features: int, bias: bool):
+    form: how the experts are packed; their parts (see `packed_experts`) stay packed, and an expert is unpacked where it is used.
+    None: `weight` (E, R, C) is there as it is. stored: length of the part that varies, with a mask.
+    """
+
+    def __init__(self, router: nn.Module, num_experts: int, in_features: int, out_features: int, bias: bool, form: Form | None = None, stored: int = 0):
         super().__init__()
         self._router = [router]  # in a list: the router belongs to the parent module, once, whoever shares it
-        self.in_features, self.out_features = in_features, out_features
-        self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
+        self.num_experts, self.in_features, self.out_features, self.form = num_experts, in_features, out_features, form
+        if form is None:
+            self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
+        else:
+            for part, (shape, dtype) in form.shapes(stored).items():
+                self.register_parameter(part, nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=dtype is None))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self._ready: tuple | None = None  # of which tensor, and what the kernels need to know of it
+
+    @property
+    def parts(self) -> dict[str, Tensor]:
+        """What the experts are packed in."""
+        return {name: parameter for name, parameter in self.named_parameters(recurse=False) if name != "bias"}
+
+    def check(self, name: str = "") -> None:
+        """Raises ValueError, naming the tensor, if a packed part is damaged."""
+        if self.form is not None:
+            check(self.form, self.parts, name or f"experts of {self.out_features} x {self.in_features}")
+
+    def _places(self) -> tuple[Tensor | None, Tensor | None]:
+        """Where rows and experts begin, for the kernels. What is read for the first time is checked."""
+        kept = self.codes if self.form.bits else self.values
+        if self._ready is None or self._ready[0] is not kept or self._ready[1] != kept.device:
+            self.check()
+            on_gpu = kept.is_cuda and has_triton() and self.form.index == "mask" and kernels().can_unpack(self.form)
+            places = (kernels().row_starts(self.form, self.parts), kernels().first_stored(self.form, self.parts)) if on_gpu else (None, None)
+            self._ready = kept, kept.device, places
+        return self._ready[2]
+
+    def weight_of(self, expert: int, dtype: torch.dtype) -> Tensor:
+        """One expert's weight (R, C)."""
+        if self.form is None:
+            return self.weight[expert]
+        places = self._places()
+        if self._by_kernel("can_unpack"):
+            return kernels().unpack_expert(self.form, self.parts, *places, expert, dtype)
+        return unpack(self.form, self.parts, expert, dtype)
+
+    def _by_kernel(self, can: str) -> bool:
+        """On a GPU, where no gradient of the values is asked for."""
+        part = self.codes if self.form.bits else self.values
+        return part.is_cuda and has_triton() and not (torch.is_grad_enabled() and part.requires_grad) and getattr(kernels(), can)(self.form)
+
+    def unpack_(self, dtype: torch.dtype) -> None:
+        """Keep the experts unpacked from now on."""
+        if self.form is None:
+            return
+        with torch.no_grad():
+            whole = torch.empty(self.num_experts, self.out_features, self.in_features, dtype=dtype, device=next(self.parameters()).device)
+            for expert in range(self.num_experts):
+                whole[expert] = self.weight_of(expert, dtype)
+        for part in self.parts:
+            delattr(self, part)
+        self.form, self.weight = None, nn.Parameter(whole)
+
+    def _one(self, hidden: Tensor, expert: int) -> Tensor:
+        return functional.linear(hidden, self.weight_of(expert, hidden.dtype), self.bias)
+
+    def _of(self, hidden: Tensor, expert: int) -> Tensor:
+        if self.form is not None and torch.is_grad_enabled():
+            # What is unpacked would else be kept for the backward pass, of every expert.
+            return checkpoint(self._one, hidden, expert, use_reentrant=False)
+        return self._one(hidden, expert)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        if len(self.weight) == 1:
-            return functional.linear(hidden, self.weight[0], self.bias)
+        if self.num_experts == 1:
+            return self._of(hidden, 0)
         experts_N = self._router[0].experts_of(hidden)
         tokens_NC = hidden.reshape(-1, self.in_features)
+        if self.form is not None and len(tokens_NC) <= FEW and not torch.is_grad_enabled() and self._by_kernel("can_multiply"):
+            output_NR = kernels().multiply(self.form, self.parts, *self._places(), tokens_NC, experts_N)
+            return (output_NR if self.bias is None else output_NR + self.bias).view(*hidden.shape[:-1], self.out_features)
         order = experts_N.argsort(stable=True)
-        counts = torch.bincount(experts_N, minlength=len(self.weight)).tolist()
+        counts = torch.bincount(experts_N, minlength=self.num_experts).tolist()
         sorted_NC = tokens_NC[order]
-        outputs = [
-            functional.linear(part, weight_RC, self.bias)
-            for part, weight_RC in zip(sorted_NC.split(counts), self.weight) if len(part)
-        ]
+        outputs = [self._of(part, expert) for expert, part in enumerate(sorted_NC.split(counts)) if len(part)]
         sorted_NR = torch.cat(outputs)
         output_NR = torch.empty_like(sorted_NR).index_copy(0, order, sorted_NR)
         return output_NR.view(*hidden.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
-        return f"experts={len(self.weight)}, in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        form = "dense" if self.form is None else f"{self.form.index}, {self.form.bits} bits" if self.form.bits else self.form.index
+        return f"experts={self.num_experts} ({form}), in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
 
 
 def router_name(group: list[str]) -> str:
@@ -84,8 +167,8 @@ def router_name(group: list[str]) -> str:
     return f"{group[0]}_router"
 
 
-def expand(block: nn.Module, router_groups: list[list[str]], num_experts: int) -> None:
-    """Replace the linears of a block by routed ones of `num_experts` experts, with empty weights."""
+def expand(block: nn.Module, router_groups: list[list[str]], num_experts: int, forms: dict[str, Form | None] | None = None, stored: dict[str, int] | None = None) -> None:
+    """Replace the linears of a block by routed ones of `num_experts` experts, with empty weights. forms, stored: by path, see `RoutedLinear`."""
     for group in router_groups:
         parent_path, _, name = router_name(group).rpartition(".")
         device = block.get_submodule(group[0]).weight.device
@@ -95,25 +178,30 @@ def expand(block: nn.Module, router_groups: list[list[str]], num_experts: int) -
             for path in group:
                 parent_path, _, name = path.rpartition(".")
                 dense = block.get_submodule(path)
-                routed = RoutedLinear(router, num_experts, dense.in_features, dense.out_features, dense.bias is not None)
+                form = (forms or {}).get(path)
+                routed = RoutedLinear(router, num_experts, dense.in_features, dense.out_features, dense.bias is not None, form, (stored or {}).get(path, 0))
                 setattr(block.get_submodule(parent_path), name, routed.to(dense.weight.dtype))
+                if form is not None and form.bits:
+                    routed.scale.data = routed.scale.data.float()
             router.float()
 
 
 class SparseExpansionConfig(PretrainedConfig):
     """`text_config`: the dense model's own configuration. `blocks`: path of its list of blocks. `router_groups`: linears
-    that share a router, by path in the block. `recipe`: how the experts were made, for people."""
+    that share a router, by path in the block. `forms`: how their experts are packed, by path (absent: as they are). `stored`: for
+    every block, by path, the length of the part that varies. `recipe`: how the experts were made, for people."""
 
     model_type = "sparse_expansion"
     sub_configs = {"text_config": AutoConfig}
 
-    def __init__(self, text_config=None, num_experts=1, blocks="", router_groups=(), recipe=None, **kwargs):
+    def __init__(self, text_config=None, num_experts=1, blocks="", router_groups=(), forms=None, stored=(), recipe=None, **kwargs):
         if isinstance(text_config, dict):
             text_config = AutoConfig.for_model(**text_config)
         self.text_config = text_config
         self.num_experts = num_experts
         self.blocks = blocks
         self.router_groups = [list(group) for group in router_groups]
+        self.forms, self.stored = dict(forms or {}), list(stored)
         self.recipe = recipe or {}
         if text_config is not None:
             for name in ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"):
@@ -138,14 +226,15 @@ class SparseExpansionForCausalLM(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _keep_in_fp32_modules_strict = ["_router"]
+    _keep_in_fp32_modules_strict = ["_router", "scale"]
 
     def __init__(self, config: SparseExpansionConfig):
         super().__init__(config)
         self.model = AutoModelForCausalLM.from_config(config.text_config)
         self._no_split_modules = list(self.model._no_split_modules or [])
-        for block in self.model.get_submodule(config.blocks):
-            expand(block, config.router_groups, config.num_experts)
+        forms = {path: Form(**form) for path, form in config.forms.items()}
+        for number, block in enumerate(self.model.get_submodule(config.blocks)):
+            expand(block, config.router_groups, config.num_experts, forms, config.stored[number] if config.stored else None)
         self.post_init()
 
     def _init_weights(self, module):

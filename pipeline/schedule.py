@@ -49,12 +49,11 @@ def in_order(tasks: Sequence[Task], found: Sequence[dict[str, Tensor]], device: 
     whole: dict[str, Tensor] = {}
     for task, weights in zip(tasks, found):
         for path, weight_ERC in weights.items():
-            leaves_gpu = weight_ERC.is_cuda and device.type == "cpu"
-            if len(task.experts) == experts_of[task.router] and not leaves_gpu:  # all of them, in order
+            if len(task.experts) == experts_of[task.router]:  # all of them, in order
                 whole[path] = weight_ERC.to(device)
                 continue
-            if path not in whole:  # pinned memory is filled by a GPU many times as fast
-                whole[path] = torch.empty(experts_of[task.router], *weight_ERC.shape[1:], dtype=weight_ERC.dtype, device=device, pin_memory=leaves_gpu)
+            if path not in whole:
+                whole[path] = torch.empty(experts_of[task.router], *weight_ERC.shape[1:], dtype=weight_ERC.dtype, device=device)
             for expert, weight_RC in zip(task.experts, weight_ERC):
                 whole[path][expert].copy_(weight_RC)
     return whole

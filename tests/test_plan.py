@@ -17,6 +17,7 @@ from pipeline.estimate import compared, estimate
 from pipeline.expansion import TokensByExpert, capture, fit_router, solve_experts
 from pipeline.memory import CONTEXT, Cluster, Shares, Work, device_memory, least_device_memory
 from pipeline.model_shape import ModelShape
+from pipeline.packing import forms_of
 from pipeline.plan_text import describe_comparison
 from pipeline.rates import H100, Rates
 from pipeline.scaling import MAKING, NODE, STORE, predicted
@@ -105,12 +106,13 @@ def test_bytes_of_a_block_are_those_of_its_tensors(model_type, tmp_path):
         tokens = TokensByExpert(inputs_NC, fitted.labels_N, 3)
         linears = {path: block.get_submodule(path).weight for path in group}
         counts = torch.bincount(fitted.labels_N.long(), minlength=3).tolist()
-        [(made, _)] = solve_experts([job], linears, [0, 1, 2], tokens.of, counts)
-        weights |= made
+        [solved] = solve_experts([job], linears, [0, 1, 2], tokens.of, counts)
+        weights |= solved.weights
         routers.append(({"weight": fitted.weight_EC, "bias": fitted.bias_E}, fitted.labels_N))
     assert work.expert_bytes == sum(weight_ERC.nbytes for weight_ERC in weights.values())
+    dense = {path: block.get_submodule(path).weight for path in weights}
     storage = Storage(str(tmp_path))
-    storage.write(0, expert_tensors(range(3), weights) | router_tensors(architecture.router_groups, routers, 3))
+    storage.write(0, expert_tensors(forms_of(job, dense, torch.float32), range(3), weights, {}) | router_tensors(architecture.router_groups, routers, 3))
     written = (tmp_path / "layers" / "layer_000.safetensors").stat().st_size
     assert written == pytest.approx(work.shard_bytes, rel=0.01)
 

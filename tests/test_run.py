@@ -12,8 +12,8 @@ from pyarrow import parquet
 from safetensors.torch import load_file
 
 from pipeline.demo import DEMO_MODEL
-from pipeline.shard import stacked
 from tests.conftest import command, run_job
+from tests.packed import shard_experts
 
 OPTIONS = ("--model", DEMO_MODEL, "--dataset", "self", "--dataset-size", 16, "--eval-size", 6, "--seq-len", 64, "--num-clusters", 4,
            "--sparsity", "0.6", "--kmeans-restarts", 2)
@@ -50,8 +50,7 @@ def test_result(run):
 def test_files(run):
     directory, result = run
     assert sorted(file.name for file in directory.iterdir()) == [".lock", "config.yaml", "layers", "manifest.json", "model", "profile", "progress.json", "stats", "windows"]
-    shard = load_file(directory / "layers" / "layer_002.safetensors")
-    weight, dense = stacked(shard, "mlp.dense_h_to_4h", 4), load_file(DEMO_MODEL / "model.safetensors")["gpt_neox.layers.2.mlp.dense_h_to_4h.weight"]
+    weight, dense = torch.from_numpy(shard_experts(directory / "layers" / "layer_002.safetensors", "mlp.dense_h_to_4h", "0.6")), load_file(DEMO_MODEL / "model.safetensors")["gpt_neox.layers.2.mlp.dense_h_to_4h.weight"]
     assert weight.shape == (4, *dense.shape) and (weight == 0).float().mean(dim=(1, 2)).tolist() == pytest.approx([0.6] * 4, abs=0.002)
     table = parquet.read_table(directory / "stats" / "experts.parquet").to_pandas()
     assert len(table) == 4 * 2 * 4 and (table.groupby(["layer", "linear"]).tokens.sum() == 16 * 64).all()
@@ -150,6 +149,6 @@ def test_quantized(tmp_path):
     result = run_job("--model", "demo", "--dataset", "self", "--dataset-size", 6, "--seq-len", 32, "--eval-dataset", "none", "--num-clusters", 2,
                      "--sparsity", "(2, 4)", "--quantize", "--bits", 4, "--kmeans-restarts", 1, "--output-dir", tmp_path / "job")
     assert result["perplexity"] is None and result["dense_perplexity"] is None and result["sparsity"] == "2:4"
-    weight = stacked(load_file(tmp_path / "job" / "layers" / "layer_000.safetensors"), "mlp.dense_4h_to_h", 2)
+    weight = torch.from_numpy(shard_experts(tmp_path / "job" / "layers" / "layer_000.safetensors", "mlp.dense_4h_to_h", "2:4", 4))
     assert ((weight.view(2, 256, -1, 4) != 0).sum(-1) <= 2).all()
     assert max(len(weight[:, row].unique()) for row in range(256)) <= 16

@@ -122,8 +122,8 @@ def expand_block(model: BlockwiseModel, hidden: dict[int, Kept], job: Job, shelf
 def solve(job: Job, linears: dict[str, torch.Tensor], tokens_NC: torch.Tensor, labels_N: torch.Tensor) -> dict[str, torch.Tensor]:
     by_expert = TokensByExpert(tokens_NC, labels_N, job.num_clusters)
     counts = torch.bincount(labels_N.long(), minlength=job.num_clusters).tolist()
-    [(weights, _)] = solve_experts([job], linears, list(range(job.num_clusters)), lambda expert: by_expert.of(expert) if counts[expert] else tokens_NC, counts)
-    return weights
+    [solved] = solve_experts([job], linears, list(range(job.num_clusters)), lambda expert: by_expert.of(expert) if counts[expert] else tokens_NC, counts)
+    return solved.weights
 
 
 def measured(shape: Shape, model: BlockwiseModel, job: Job, rounds: int = 2) -> dict[str, float]:

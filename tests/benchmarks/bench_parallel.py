@@ -18,6 +18,7 @@ from pipeline.blocks import BlockwiseModel
 from pipeline.config import Job
 from pipeline.demo import DEMO_MODEL
 from pipeline.expansion import TokensByExpert, capture, fit_router, propagate, solve_experts
+from pipeline.packing import forms_of
 from pipeline.routing import Routing
 from pipeline.shard import expert_tensors, router_tensors
 from pipeline.storage import Storage
@@ -96,9 +97,10 @@ def in_one_process(job: Job, windows: Windows, directory) -> None:
             counts = torch.bincount(fitted.labels_N.long(), minlength=job.num_clusters).tolist()
             by_expert = TokensByExpert(inputs_NC, fitted.labels_N, job.num_clusters)
             linears = {path: block.get_submodule(path).weight for path in group}
-            weights |= solve_experts([job], linears, list(range(job.num_clusters)), by_expert.of, counts)[0][0]
+            weights |= solve_experts([job], linears, list(range(job.num_clusters)), by_expert.of, counts)[0].weights
             routers.append(({"weight": fitted.weight_EC, "bias": fitted.bias_E}, fitted.labels_N))
-        storage.write(index, expert_tensors(range(job.num_clusters), weights) | router_tensors(architecture.router_groups, routers, job.num_clusters))
+        dense = {path: block.get_submodule(path).weight for path in weights}
+        storage.write(index, expert_tensors(forms_of(job, dense, torch.float32), range(job.num_clusters), weights, {}) | router_tensors(architecture.router_groups, routers, job.num_clusters))
         propagate(model, block, index, hidden, architecture, weights, [labels_N for _, labels_N in routers], captured.attention)
 
 
