@@ -219,6 +219,79 @@ def _parsed(command: list[str]) -> dict[str, Any]:
     return commands[command[0]].make_context(command[0], command[1:]).params
 
 
+Saved = Annotated[str, typer.Argument(help="A saved model: RUN/model.")]
+
+
+@app.command()
+def inspect(directory: Saved, json: Json = False) -> None:
+    """What a saved model is made of: bytes by part, beside the least possible and the dense model."""
+    with _user_errors():
+        from pipeline.inspection import describe_inspection
+        from pipeline.inspection import inspect as look_into
+        from pipeline.saved_model import existing
+
+        result = look_into(existing(directory, "DIRECTORY"))
+        _print(describe_inspection(result), result, json)
+
+
+@app.command()
+def generate(directory: Saved, prompt: Annotated[str | None, typer.Option(help="Text to go on from. Without it, one line after the other is asked for.")] = None,
+             max_new_tokens: Annotated[int, typer.Option(min=1, help="Of each answer.")] = 100,
+             temperature: Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")] = 0.0,
+             seed: Annotated[int, typer.Option(min=0)] = 0) -> None:
+    """Let a saved or a dense model go on from a text: a quick look."""
+    with _user_errors():
+        from pipeline.saved_model import complete, existing, load
+
+        loaded = load(existing(directory, "DIRECTORY"))
+        for line in [prompt] if prompt is not None else (line.rstrip("\n") for line in sys.stdin):
+            print(complete(loaded, line, max_new_tokens, temperature, seed), flush=True)
+
+
+@app.command()
+def compare(directory: Saved, dense: Annotated[str, typer.Option(help="The dense model that it was made of: a directory.")],
+            text: Annotated[str, typer.Option(help="To read with both.")],
+            layer: Annotated[int | None, typer.Option(min=0, help="Whose experts are shown. \\[default: the middle one]")] = None, json: Json = False) -> None:
+    """A saved and its dense model side by side on a text: the loss of every token and its experts, in colour."""
+    with _user_errors():
+        from rich.console import Console
+
+        from pipeline.comparison import compare as read_both
+        from pipeline.comparison import show
+        from pipeline.saved_model import existing, load
+
+        found = read_both(load(existing(dense, "--dense")), load(existing(directory, "DIRECTORY")), text)
+        show(found, layer, Console())
+        _print("", found.as_dict(), json)
+
+
+@app.command()
+def export(directory: Saved, output_dir: Annotated[str, typer.Option(help="A new directory.")],
+           expert: Annotated[str | None, typer.Option(help="Its number in every linear, or mean; of a model with one it may be left out.")] = None,
+           json: Json = False) -> None:
+    """Write a dense model with one expert's weights, zeros included, for tools that know nothing of experts."""
+    with _user_errors():
+        from pathlib import Path
+
+        from pipeline.export import describe_export
+        from pipeline.export import export as write
+        from pipeline.saved_model import existing
+
+        result = write(existing(directory, "DIRECTORY"), Path(output_dir), expert)
+        _print(describe_export(result), result, json)
+
+
+@app.command()
+def push(directory: Saved, to: Annotated[str, typer.Option(help="NAME/REPOSITORY on the Hugging Face hub.")],
+         private: Annotated[bool, typer.Option("--private", help="Of a new repository.")] = False) -> None:
+    """Upload a saved model and its card to the Hugging Face hub."""
+    with _user_errors():
+        from pipeline.hub import push as upload
+        from pipeline.saved_model import existing
+
+        print(upload(existing(directory, "DIRECTORY"), to, private))
+
+
 @app.command(context_settings={"allow_interspersed_args": False})
 def submit(command: Annotated[list[str], typer.Argument(metavar="COMMAND...", help="run, eval or sweep with its options; paths are the cluster's.")],
            address: Head, no_wait: Annotated[bool, typer.Option("--no-wait", help="Print the job's id and leave.")] = False) -> None:

@@ -12,7 +12,7 @@ from pipeline import modeling_sparse_expansion
 from pipeline.blocks import BlockwiseModel
 from pipeline.config import Job
 from pipeline.files import MARK, sha256
-from pipeline.modeling_sparse_expansion import SparseExpansionConfig
+from pipeline.modeling_sparse_expansion import SparseExpansionConfig, write_sums
 from pipeline.packing import forms_of
 from pipeline.shard import joined_parts
 from pipeline.storage import Storage
@@ -90,6 +90,7 @@ def assemble(assembly: Assembly, target: Path, advance: Callable[[int], object])
     for pattern in (*TOKENIZER_FILES, "generation_config.json"):
         for file in sorted(assembly.source.glob(pattern)):
             shutil.copy(file, temporary / file.name)
+    write_sums(temporary)
     hashes = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)

@@ -23,7 +23,8 @@ tokenizer = AutoTokenizer.from_pretrained("{directory}", trust_remote_code=True)
 |---|---|
 {rows}
 
-Expert weights are stored dense, zeros included: the files are not smaller for being sparse.
+Experts are stored packed: which weights are kept, and their values{codes}, without the zeros (`sparse-expansion inspect` shows the parts;
+`packed_experts.py` beside this file says how to read them). `sha256sum -c SHA256SUMS` checks the files.
 """
 
 
@@ -43,4 +44,5 @@ def write_card(directory: Path, name: str, model: str, result: dict) -> None:
     bits = f" and rounded to {result['recipe']['bits']} bits by GPTQ in the same pass" if result["recipe"]["quantize"] else ""
     with replacing(directory / "README.md") as temporary:
         temporary.write_text(TEMPLATE.format(name=name, experts=experts, s="" if experts == 1 else "s", model=model, bits=bits,
-                                             directory=directory, rows=rows))
+                                             directory=directory, rows=rows,
+                                             codes=" as integers" if bits else ""))

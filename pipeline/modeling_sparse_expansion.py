@@ -8,8 +8,13 @@ Shapes: N tokens, C columns (in features), R rows (out features), E experts.
 Source of the method: Sparse Expansion (arXiv 2405.15756).
 """
 
+import hashlib
 import importlib.util
+import os
 import weakref
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +24,43 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, Pret
 
 from .packed_experts import Form, check, unpack
 
-
 FEW = 16  # tokens that are multiplied straight from the packed experts, on a GPU
 
 
+SUMS = "SHA256SUMS"  # of a saved model's files, as sha256sum writes and checks them
+UNSUMMED = (SUMS, "README.md", ".gitattributes")  # written or changed later
+
+
+def write_sums(directory: Path) -> None:
+    """Write the hashes of a saved model's files beside them."""
+    hashes = _sums([file for file in sorted(directory.iterdir()) if file.is_file() and file.name not in UNSUMMED])
+    (directory / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in hashes.items()))
+
+
+def check_sums(directory: Path) -> None:
+    """Raises ValueError, naming the file, if one of them is not what was saved. Files that are not there, and models saved without
+    hashes, are left to whoever reads them."""
+    if not (directory / SUMS).is_file():
+        return
+    try:
+        saved = dict(reversed(line.split("  ", 1)) for line in (directory / SUMS).read_text().splitlines())
+    except ValueError:
+        raise ValueError(f"{directory / SUMS} is damaged.") from None
+    for name, digest in _sums([directory / name for name in saved if (directory / name).is_file()]).items():
+        if digest != saved[name]:
+            raise ValueError(f"{directory / name} is damaged, or was changed: its SHA-256 is not the one in {SUMS} (remove that file if the change is meant).")
+
+
+def _sums(files: list[Path]) -> dict[str, str]:
+    def of(file: Path) -> str:
+        with open(file, "rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(min(8, len(os.sched_getaffinity(0)))) as threads:
+        return dict(zip([file.name for file in files], threads.map(of, files)))
+
+
+@cache
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
@@ -97,22 +135,19 @@ class RoutedLinear(nn.Module):
             check(self.form, self.parts, name or f"experts of {self.out_features} x {self.in_features}")
 
     def _places(self) -> tuple[Tensor | None, Tensor | None]:
-        """Where rows and experts begin, for the kernels. What is read for the first time is checked."""
-        kept = self.codes if self.form.bits else self.values
-        if self._ready is None or self._ready[0] is not kept or self._ready[1] != kept.device:
-            self.check()
-            on_gpu = kept.is_cuda and has_triton() and self.form.index == "mask" and kernels().can_unpack(self.form)
-            places = (kernels().row_starts(self.form, self.parts), kernels().first_stored(self.form, self.parts)) if on_gpu else (None, None)
-            self._ready = kept, kept.device, places
+        """With a mask: where rows and experts begin, for the kernels."""
+        if self.form.index != "mask":
+            return None, None
+        if self._ready is None or self._ready[0] is not self.mask or self._ready[1] != (self.mask.device, self.mask._version):
+            self._ready = self.mask, (self.mask.device, self.mask._version), (kernels().row_starts(self.form, self.parts), kernels().first_stored(self.form, self.parts))
         return self._ready[2]
 
     def weight_of(self, expert: int, dtype: torch.dtype) -> Tensor:
         """One expert's weight (R, C)."""
         if self.form is None:
             return self.weight[expert]
-        places = self._places()
         if self._by_kernel("can_unpack"):
-            return kernels().unpack_expert(self.form, self.parts, *places, expert, dtype)
+            return kernels().unpack_expert(self.form, self.parts, *self._places(), expert, dtype)
         return unpack(self.form, self.parts, expert, dtype)
 
     def _by_kernel(self, can: str) -> bool:
@@ -142,11 +177,12 @@ class RoutedLinear(nn.Module):
         return self._one(hidden, expert)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        if self.num_experts == 1:
+        few = hidden.numel() <= FEW * self.in_features and self.form is not None and not torch.is_grad_enabled() and self._by_kernel("can_multiply")
+        if self.num_experts == 1 and not few:
             return self._of(hidden, 0)
         experts_N = self._router[0].experts_of(hidden)
         tokens_NC = hidden.reshape(-1, self.in_features)
-        if self.form is not None and len(tokens_NC) <= FEW and not torch.is_grad_enabled() and self._by_kernel("can_multiply"):
+        if few:
             output_NR = kernels().multiply(self.form, self.parts, *self._places(), tokens_NC, experts_N)
             return (output_NR if self.bias is None else output_NR + self.bias).view(*hidden.shape[:-1], self.out_features)
         order = experts_N.argsort(stable=True)
@@ -239,6 +275,21 @@ class SparseExpansionForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module):
         pass  # every weight comes from the checkpoint
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As transformers' own. A directory's files are checked before they are read, packed experts when they are."""
+        if pretrained_model_name_or_path is not None and os.path.isdir(pretrained_model_name_or_path):
+            check_sums(Path(pretrained_model_name_or_path))
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        for name, module in (loaded[0] if isinstance(loaded, tuple) else loaded).named_modules():
+            if isinstance(module, RoutedLinear) and not any(part.is_meta for part in module.parts.values()):
+                module.check(name)
+        return loaded
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        super().save_pretrained(save_directory, *args, **kwargs)
+        write_sums(Path(save_directory))
 
     def get_input_embeddings(self):
         return self.model.get_input_embeddings()

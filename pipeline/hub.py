@@ -1,0 +1,29 @@
+"""A saved model to the Hugging Face hub."""
+
+from pathlib import Path
+
+from httpx import HTTPError
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+from pipeline.errors import UserError
+from pipeline.model_config import is_expanded, read_config
+from pipeline.modeling_sparse_expansion import check_sums
+
+
+def push(directory: Path, repository: str, private: bool) -> str:
+    """Upload a saved model's directory, its card included; returns its address. The token is HF_TOKEN's, or that of `hf auth login`.
+    Raises UserError."""
+    if not is_expanded(read_config(directory)):
+        raise UserError(f"{directory} holds a dense model; allowed is one that run has saved.")
+    try:
+        check_sums(directory)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    try:
+        api = HfApi()
+        created = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=created.repo_id, folder_path=directory, commit_message="Sparse Expansion model")
+        return str(created)
+    except (HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, HTTPError, OSError) as error:
+        raise UserError(f"--to {repository}: the hub refused it ({' '.join(str(error).split())[:200]}); set HF_TOKEN to a token that may write there.") from None
