@@ -291,6 +291,15 @@ class SparseExpansionForCausalLM(PreTrainedModel, GenerationMixin):
         super().save_pretrained(save_directory, *args, **kwargs)
         write_sums(Path(save_directory))
 
+    def unpack(self) -> "SparseExpansionForCausalLM":
+        """Keep all experts unpacked from now on: as much memory as so many dense experts, and nothing to unpack where they are used. What
+        is saved then is unpacked, too."""
+        for module in self.modules():
+            if isinstance(module, RoutedLinear):
+                module.unpack_(self.dtype)
+        self.config.forms, self.config.stored = {}, []
+        return self
+
     def get_input_embeddings(self):
         return self.model.get_input_embeddings()
 

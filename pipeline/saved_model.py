@@ -29,6 +29,8 @@ def load(directory: Path) -> Loaded:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         model = kind.from_pretrained(directory, dtype="auto").to(device).eval()
+        if device == "cpu" and kind is SparseExpansionForCausalLM:
+            model.unpack()  # a CPU would take longer to unpack than to compute
     except (ValueError, OSError) as error:
         raise UserError(f"{directory} cannot be loaded: {' '.join(str(error).split())}") from None
     try:

@@ -32,10 +32,7 @@ def loaded(directory, **options):
 
 def unpacked(model):
     """The same model with experts that are not packed."""
-    for module in model.modules():
-        if type(module).__name__ == "RoutedLinear":
-            module.unpack_(model.dtype)
-    return model
+    return model.unpack()
 
 
 IDS = torch.randint(2, 1000, (3, 40), generator=torch.Generator().manual_seed(0))
@@ -43,7 +40,7 @@ IDS = torch.randint(2, 1000, (3, 40), generator=torch.Generator().manual_seed(0)
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_packed_and_unpacked_give_the_same(saved, kind):
+def test_packed_and_unpacked_give_the_same(saved, kind, tmp_path):
     model = loaded(saved(kind))
     packed = model(IDS, labels=IDS)
     plain = unpacked(loaded(saved(kind)))(IDS, labels=IDS)
@@ -54,6 +51,8 @@ def test_packed_and_unpacked_give_the_same(saved, kind):
     for index in range(blockwise.num_blocks):
         hidden = blockwise.run(blockwise.load_block(index), index, hidden)
     torch.testing.assert_close(blockwise.head(hidden), plain.logits, rtol=1e-4, atol=1e-4)
+    unpacked(loaded(saved(kind))).save_pretrained(tmp_path / "unpacked")
+    torch.testing.assert_close(loaded(tmp_path / "unpacked")(IDS).logits, plain.logits)
     assert sum(part.nbytes for part in model.state_dict().values()) < 0.8 * sum(part.nbytes for part in unpacked(loaded(saved(kind))).state_dict().values())
 
 
