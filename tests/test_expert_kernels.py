@@ -50,6 +50,6 @@ print("the same")
 
 
 def test_kernels_equal_plain_unpacking():
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)} | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])} | ({} if torch.cuda.is_available() else {"TRITON_INTERPRET": "1"})
     result = subprocess.run([sys.executable, "-c", SCRIPT.format(cases=CASES)], env=environment, capture_output=True, text=True)
     assert result.returncode == 0 and "the same" in result.stdout, result.stderr[-3000:]

@@ -29,6 +29,8 @@ from pipeline.config import Job
 from pipeline.estimate import estimate
 from pipeline.memory import CONTEXT, Cluster, Work
 from pipeline.model_shape import ModelShape
+from pipeline.packed_experts import Form
+from pipeline.packing import alone
 from pipeline.rates import H100
 from pipeline.scaling import CARD, MAKING, NODE, STORE
 from pipeline.windows import Windows
@@ -100,12 +102,18 @@ def difference(one: Path, other: Path) -> dict:
         for name, tensor in ours.items():
             if name.startswith("labels."):
                 same["labels"].append(float((tensor == theirs[name]).double().mean()))
-            elif name.endswith((".0.weight", ".1.weight")):  # two experts tell as much as all
-                left, right = tensor.to(DEVICE).float(), theirs[name].to(DEVICE).float()
+            elif name.endswith((".0.mask", ".1.mask")):  # two experts tell as much as all
+                left, right = (_weights(tensors, name.removesuffix(".mask")) for tensors in (ours, theirs))
                 same["mask"].append(float(((left == 0) == (right == 0)).double().mean()))
                 same["weights"].append(float((left - right).norm() / left.norm()))
         found[f"block {index}"] = {"labels": min(same["labels"]), "mask": min(same["mask"]), "weights": max(same["weights"])}
     return found
+
+
+def _weights(tensors: dict[str, torch.Tensor], expert: str) -> torch.Tensor:
+    """An expert's weights (1, R C)."""
+    own = {part: tensors[f"{expert}.{part}"].to(DEVICE) for part in ("mask", "values")}
+    return alone(Form("mask", 1, 1, 8 * len(own["mask"])), own, {}, torch.float32)
 
 
 def main() -> None:
