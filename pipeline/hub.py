@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError
 
 from pipeline.errors import UserError
 from pipeline.model_config import is_expanded, read_config
@@ -24,5 +24,5 @@ def push(directory: Path, repository: str, private: bool) -> str:
         created = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(repo_id=created.repo_id, folder_path=directory, commit_message="Sparse Expansion model")
         return str(created)
-    except (*HfHubHTTPError.__bases__, HFValidationError) as error:  # OSError, and those of the library that it speaks HTTP with
+    except (*HfHubHTTPError.__bases__, ValueError) as error:  # OSError, those of the library that it speaks HTTP with, names it does not know
         raise UserError(f"--to {repository}: the hub refused it ({' '.join(str(error).split())[:200]}); set HF_TOKEN to a token that may write there.") from None

@@ -126,7 +126,7 @@ def test_push(saved, monkeypatch):
             result = command("push", saved, "--to", "me/model", "--private")
             if token == "hf_good":
                 assert result.code == 0 and f"{address}/me/model" in result.out, result.err
-                assert uploaded.keys() == {file.name for file in saved.iterdir()} and any(isinstance(one, dict) and one.get("private") for one in asked)
+                assert uploaded.keys() == {file.name for file in saved.iterdir()} and any(isinstance(one, dict) and "private" in (one.get("visibility"), one.get("private") and "private") for one in asked)
             else:
                 assert result.code == 2 and "--to me/model: the hub refused it" in result.err
     finally:
