@@ -3,6 +3,7 @@
 import random
 import shutil
 
+import peft
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
@@ -104,13 +105,12 @@ def test_gradients_are_those_of_unpacked_experts(saved, kind):
 
 
 def test_a_lora_step(saved):
-    peft = pytest.importorskip("peft")
     model = peft.get_peft_model(loaded(saved("pattern")), peft.LoraConfig(r=4, target_modules=["query_key_value"], task_type="CAUSAL_LM"))
     optimizer = torch.optim.AdamW([part for part in model.parameters() if part.requires_grad], lr=1e-2)
     losses = []
     for _ in range(4):
         loss = model(input_ids=IDS, labels=IDS).loss
-        losses.append(float(loss))
+        losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
