@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pipeline.config import Job
-from pipeline.packed_experts import LARGEST, Form, bits_of, digits_in_a_word, positions, unpack
+from pipeline.packed_experts import LARGEST, Form, bits_of, digits_in_a_word, positions
 from pipeline.pattern import Pattern
 from pipeline.solver.quantizer import Grid
 
@@ -76,11 +76,6 @@ def joined(form: Form, by_expert: list[dict[str, Tensor]], shared: dict[str, Ten
         counts = torch.stack([bits_of(own["mask"]).sum() for own in by_expert])
         parts["starts"] = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     return parts
-
-
-def alone(form: Form, own: dict[str, Tensor], shared: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
-    """The weight (R, C) of one expert's own parts."""
-    return unpack(form, joined(form, [own], shared), 0, dtype)
 
 
 def minimum_bytes(form: Form, kept: list[int], value_bits: int) -> float:

@@ -29,8 +29,8 @@ from pipeline.config import Job
 from pipeline.estimate import estimate
 from pipeline.memory import CONTEXT, Cluster, Work
 from pipeline.model_shape import ModelShape
-from pipeline.packed_experts import Form
-from pipeline.packing import alone
+from pipeline.packed_experts import Form, unpack
+from pipeline.packing import joined
 from pipeline.rates import H100
 from pipeline.scaling import CARD, MAKING, NODE, STORE
 from pipeline.windows import Windows
@@ -113,7 +113,8 @@ def difference(one: Path, other: Path) -> dict:
 def _weights(tensors: dict[str, torch.Tensor], expert: str) -> torch.Tensor:
     """An expert's weights (1, R C)."""
     own = {part: tensors[f"{expert}.{part}"].to(DEVICE) for part in ("mask", "values")}
-    return alone(Form("mask", 1, 1, 8 * len(own["mask"])), own, {}, torch.float32)
+    form = Form("mask", 1, 1, 8 * len(own["mask"]))
+    return unpack(form, joined(form, [own], {}), 0, torch.float32)
 
 
 def main() -> None:
