@@ -78,8 +78,8 @@ def read_plainly(form: dict, parts: dict[str, np.ndarray], expert: int) -> np.nd
 
 
 def shard_experts(file: Path, path: str, sparsity: str, bits: int = 0, width: int | None = None) -> np.ndarray:
-    """All experts (E, R, C) of a linear in a layer's file of float32 weights."""
-    found = {name.removeprefix(f"{path}."): tensor for name, tensor in load_file(file).items() if name.startswith(f"{path}.") and name.count(".") > path.count(".")}
+    """All experts (E, R, C) of a linear in a layer's file."""
+    found = {name.removeprefix(f"{path}."): tensor.float() if tensor.dtype == torch.bfloat16 else tensor for name, tensor in load_file(file).items() if name.startswith(f"{path}.") and name.count(".") > path.count(".")}
     experts = 1 + max(int(name.split(".")[0]) for name in found if name[0].isdigit())
     rows, columns = DEMO_SHAPES[path]
     form = choose_form(Pattern.parse(sparsity), bits, width, 1, rows, columns, torch.float32).to_dict()
