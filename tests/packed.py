@@ -89,6 +89,6 @@ def shard_experts(file: Path, path: str, sparsity: str, bits: int = 0, width: in
         stored = next(found[f"{expert}.{part}"].numpy() for part in ("values", "codes") if f"{expert}.{part}" in found)
         own["codes" if bits else "values"] = stored if form["index"] == "mask" else stored[None]
         if form["index"] == "mask":
-            own["starts"] = np.array([0, np.unpackbits(own["mask"]).sum()])
+            own["starts"] = np.array([0, int(np.unpackbits(own["mask"]).sum())])
         weights.append(read_plainly(form, own | {part: found[part].numpy() for part in ("scale", "zero") if part in found}, 0))
     return np.stack(weights)
