@@ -34,7 +34,6 @@ from pipeline.modeling_sparse_expansion import router_name
 from pipeline.packed_experts import Form
 from pipeline.packing import forms_of
 from pipeline.perplexity import window_losses
-from pipeline.routing import Entry as KMeansEntry
 from pipeline.routing import Run, Tournament
 from pipeline.sampling import sample_windows
 from pipeline.schedule import Task, in_groups, in_order
@@ -266,7 +265,7 @@ class LayerShard:
         return None if self.share.alone else self.outbox.send(own_ND, ROUTERS if near else None)
 
     @computes
-    def play(self, router: int, tournament: Tournament, entries: Sequence[KMeansEntry], *elsewhere: Wire) -> list[Run]:
+    def play(self, router: int, tournament: Tournament, entries: Sequence[routing.Entry], *elsewhere: Wire) -> list[Run]:
         """Some runs of a round over everybody's projected tokens (`elsewhere`: the others', by rank), which stay here until `settle`."""
         log.info("router %d: %d runs of KMeans", router, len(entries))
         if router not in self.points:

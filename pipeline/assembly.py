@@ -1,6 +1,5 @@
 """Shards and the dense checkpoint -> a directory that plain transformers loads."""
 
-import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,11 +11,11 @@ from pipeline import modeling_sparse_expansion
 from pipeline.blocks import BlockwiseModel
 from pipeline.config import Job
 from pipeline.files import MARK, sha256
-from pipeline.modeling_sparse_expansion import SparseExpansionConfig, write_sums
+from pipeline.modeling_sparse_expansion import SUMS, SparseExpansionConfig, write_sums
 from pipeline.packing import forms_of
 from pipeline.shard import joined_parts
 from pipeline.storage import Storage
-from pipeline.weights import save_tensors
+from pipeline.weights import CheckpointWriter
 
 CODE = ("modeling_sparse_expansion.py", "packed_experts.py", "expert_kernels.py")  # that a saved model brings along
 TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model", "chat_template*")
@@ -35,6 +34,13 @@ class Assembly:
     recipe: dict
 
 
+def copy_companions(source: Path, target: Path) -> None:
+    """What a model directory holds besides its weights and configuration."""
+    for pattern in (*TOKENIZER_FILES, "generation_config.json"):
+        for file in sorted(source.glob(pattern)):
+            shutil.copy(file, target / file.name)
+
+
 def assemble(assembly: Assembly, target: Path, advance: Callable[[int], object]) -> dict[str, str]:
     """Write the saved model into `target`, which appears whole or not at all; returns SHA-256 by file name. advance: is told
     the number of each layer before it is written.
@@ -46,21 +52,12 @@ def assemble(assembly: Assembly, target: Path, advance: Callable[[int], object])
     temporary = target.with_name(f"{target.name}{MARK}new")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    files = model.num_blocks + 1
-    weight_map: dict[str, str] = {}
-    total = 0
-
-    def write(number: int, tensors: dict[str, torch.Tensor]) -> None:
-        nonlocal total
-        name = f"model-{number:05d}-of-{files:05d}.safetensors"
-        save_tensors(tensors, temporary / name, {"format": "pt"})
-        weight_map.update(dict.fromkeys(tensors, name))
-        total += sum(tensor.nbytes for tensor in tensors.values())
+    written = CheckpointWriter(temporary, model.num_blocks + 1)
 
     def cast(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
-    write(1, {f"model.{name}": cast(tensor) for name, tensor in model.shell_weights().items()})
+    written.write({f"model.{name}": cast(tensor) for name, tensor in model.shell_weights().items()})
     paths = [path for group in assembly.router_groups for path in group]
     expanded = {f"{path}.weight" for path in paths}
     forms = forms_of(assembly.job, {path: model.empty_block.get_submodule(path).weight for path in paths}, dtype)
@@ -74,10 +71,9 @@ def assemble(assembly: Assembly, target: Path, advance: Callable[[int], object])
             made |= {f"{path}.{part}": tensor for part, tensor in joined_parts(tensors, path, form, range(assembly.job.num_clusters)).items()}
         stored.append({path: len(made[f"{path}.{'codes' if form.bits else 'values'}"]) for path, form in forms.items() if form and form.index == "mask"})
         prefix = f"model.{assembly.blocks}.{index}."
-        write(index + 2, {prefix + name: tensor for name, tensor in (dense | made).items()})
+        written.write({prefix + name: tensor for name, tensor in (dense | made).items()})
 
-    index_file = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (temporary / "model.safetensors.index.json").write_text(json.dumps(index_file, indent=1) + "\n")
+    written.finish()
     config = SparseExpansionConfig(
         model.config.to_dict(), assembly.job.num_clusters, assembly.blocks, assembly.router_groups,
         {path: form.to_dict() for path, form in forms.items() if form}, stored, assembly.recipe,
@@ -87,11 +83,9 @@ def assemble(assembly: Assembly, target: Path, advance: Callable[[int], object])
     (temporary / "config.json").write_text(config.to_json_string(use_diff=False))
     for file in CODE:
         shutil.copy(Path(modeling_sparse_expansion.__file__).with_name(file), temporary)
-    for pattern in (*TOKENIZER_FILES, "generation_config.json"):
-        for file in sorted(assembly.source.glob(pattern)):
-            shutil.copy(file, temporary / file.name)
-    write_sums(temporary)
-    hashes = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
+    copy_companions(assembly.source, temporary)
+    hashes = write_sums(temporary)
+    hashes[SUMS] = sha256(temporary / SUMS)
     shutil.rmtree(target, ignore_errors=True)
     temporary.rename(target)
     return hashes

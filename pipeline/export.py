@@ -1,19 +1,16 @@
 """A saved model for tools that know nothing of experts: the dense architecture, with one expert's weights, zeros included."""
 
-import json
 import shutil
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from pipeline.assembly import TOKENIZER_FILES
+from pipeline.assembly import copy_companions
 from pipeline.blocks import BlockwiseModel
 from pipeline.errors import UserError
 from pipeline.files import MARK
-from pipeline.model_config import is_expanded, read_config
-from pipeline.modeling_sparse_expansion import check_sums
-from pipeline.weights import save_tensors
+from pipeline.saved_model import demand_whole, saved_config
+from pipeline.weights import CheckpointWriter
 
 MEAN = "mean"
 
@@ -21,32 +18,18 @@ MEAN = "mean"
 def export(directory: Path, target: Path, expert: str | None) -> dict:
     """Write `target`, whole or not at all. expert: its number in every linear, or "mean", of all of them; may be left out of a
     model with one expert, which stays the same model. Raises UserError."""
-    config = read_config(directory)
-    if not is_expanded(config):
-        raise UserError(f"{directory} holds a dense model already; allowed is one that run has saved.")
+    config = saved_config(directory)
     chosen = _chosen(expert, config.num_experts)
     if target.exists():
         raise UserError(f"--output-dir {target} is there already; give a new directory.")
-    try:
-        check_sums(directory)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    demand_whole(directory)
     dtype = getattr(torch, str(config.dtype).removeprefix("torch."))
     model = BlockwiseModel(directory, dtype, torch.device("cpu"))
     temporary = target.with_name(f"{target.name}{MARK}new")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    weight_map: dict[str, str] = {}
-    files, total = model.num_blocks + 1, 0
-
-    def write(number: int, tensors: dict[str, Tensor]) -> None:
-        nonlocal total
-        name = f"model-{number:05d}-of-{files:05d}.safetensors"
-        save_tensors(tensors, temporary / name, {"format": "pt"})
-        weight_map.update(dict.fromkeys(tensors, name))
-        total += sum(tensor.nbytes for tensor in tensors.values())
-
-    write(1, {name.removeprefix("model."): tensor for name, tensor in model.shell_weights().items()})
+    written = CheckpointWriter(temporary, model.num_blocks + 1)
+    written.write({name.removeprefix("model."): tensor for name, tensor in model.shell_weights().items()})
     paths = {path for group in config.router_groups for path in group}
     zeros = weights = 0
     for index in range(model.num_blocks):
@@ -59,16 +42,14 @@ def export(directory: Path, target: Path, expert: str | None) -> dict:
                 tensor = tensor.float().mean(0).to(dtype) if chosen is None else tensor[chosen]
                 zeros, weights = zeros + int((tensor == 0).sum()), weights + tensor.numel()
             tensors[f"{config.blocks}.{index}.{name}"] = tensor.contiguous()
-        write(index + 2, tensors)
-    (temporary / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=1) + "\n")
+        written.write(tensors)
+    written.finish()
     text_config = config.text_config
     text_config.dtype = str(config.dtype).removeprefix("torch.")
     text_config.save_pretrained(temporary)
-    for pattern in (*TOKENIZER_FILES, "generation_config.json"):
-        for file in sorted(directory.glob(pattern)):
-            shutil.copy(file, temporary / file.name)
+    copy_companions(directory, temporary)
     temporary.rename(target)
-    return {"directory": str(target), "expert": MEAN if chosen is None else chosen, "of": config.num_experts, "bytes": total, "sparsity": zeros / weights}
+    return {"directory": str(target), "expert": MEAN if chosen is None else chosen, "of": config.num_experts, "bytes": written.total, "sparsity": zeros / weights}
 
 
 def describe_export(result: dict) -> str:
@@ -89,4 +70,3 @@ def _chosen(expert: str | None, experts: int) -> int | None:
     if not expert.isdecimal() or int(expert) >= experts:
         raise UserError(f"--expert is {expert}; allowed is {allowed}.")
     return int(expert)
-

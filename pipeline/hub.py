@@ -6,19 +6,14 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 
 from pipeline.errors import UserError
-from pipeline.model_config import is_expanded, read_config
-from pipeline.modeling_sparse_expansion import check_sums
+from pipeline.saved_model import demand_whole, saved_config
 
 
 def push(directory: Path, repository: str, private: bool) -> str:
     """Upload a saved model's directory, its card included; returns its address. The token is HF_TOKEN's, or that of `hf auth login`.
     Raises UserError."""
-    if not is_expanded(read_config(directory)):
-        raise UserError(f"{directory} holds a dense model; allowed is one that run has saved.")
-    try:
-        check_sums(directory)
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    saved_config(directory)
+    demand_whole(directory)
     try:
         api = HfApi()
         created = api.create_repo(repository, private=private, exist_ok=True)

@@ -1,14 +1,14 @@
 """What a saved model is made of, in bytes: from its headers alone, but for the few that count the kept weights."""
 
-import json
+from math import prod
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
-from pipeline.errors import UserError
-from pipeline.model_config import is_expanded, read_config
 from pipeline.packed_experts import Form
 from pipeline.packing import minimum_bytes
+from pipeline.saved_model import saved_config
+from pipeline.weights import Checkpoint
 
 EXPERTS = {"mask": "which weights are kept", "words": "which weights are kept", "starts": "which weights are kept", "values": "kept weights",
            "codes": "kept weights", "weight": "kept weights", "scale": "scales and zero points", "zero": "scales and zero points"}
@@ -19,9 +19,7 @@ BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "I64": 64, "I32": 32, "I16"
 def inspect(directory: Path) -> dict:
     """Bytes by part; of the experts: the least that as many kept weights can take, and what they take unpacked; of the dense model. Raises
     UserError if the directory holds no expanded model or a file is damaged."""
-    config = read_config(directory)
-    if not is_expanded(config):
-        raise UserError(f"{directory} holds a dense model; allowed is one that run has saved.")
+    config = saved_config(directory)
     forms = {path: Form(**form) for path, form in config.forms.items()}
     paths = [path for group in config.router_groups for path in group]
     parts: dict[str, int] = {}
@@ -41,7 +39,7 @@ def inspect(directory: Path) -> dict:
             if part in ("values", "codes", "weight"):
                 value_bits[linear], shapes[linear] = BITS[kind], shape
         else:
-            where = ROUTERS if f"{within}".endswith("_router") else REST
+            where = ROUTERS if within.endswith("_router") else REST
         parts[where] = parts.get(where, 0) + size
     itemsize = {"float32": 4, "bfloat16": 2, "float16": 2}[str(config.dtype).removeprefix("torch.")]
     for linear, shape in shapes.items():
@@ -80,18 +78,10 @@ def _size(count: float) -> str:
 def _tensors(directory: Path) -> dict[str, tuple[str, list[int], int, list[int] | None]]:
     """Dtype, shape and bytes of every tensor; of `starts` also the weights that each expert keeps."""
     found = {}
-    index = directory / "model.safetensors.index.json"
-    files = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else ["model.safetensors"]
-    for file in files:
-        try:
-            with safe_open(directory / file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 (no mapping)
-                    part = opened.get_slice(name)
-                    shape, kind = part.get_shape(), part.get_dtype()
-                    size = BITS[kind] // 8
-                    for length in shape:
-                        size *= length
-                    found[name] = kind, shape, size, opened.get_tensor(name).diff().tolist() if name.endswith(".starts") else None
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{directory / file} is damaged: {error}.") from None
+    for file in Checkpoint(directory).files:  # which has looked into their headers
+        with safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (no mapping)
+                part = opened.get_slice(name)
+                shape, kind = part.get_shape(), part.get_dtype()
+                found[name] = kind, shape, prod(shape) * BITS[kind] // 8, opened.get_tensor(name).diff().tolist() if name.endswith(".starts") else None
     return found

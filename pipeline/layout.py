@@ -77,32 +77,25 @@ class Layout:
 
 def digest_of(path: Path) -> str | None:
     """The hash of a file that is there; None if it is no safetensors file."""
+    def of(span: tuple[int, int]) -> bytes:
+        with open(path, "rb") as opened:
+            opened.seek(span[0])
+            return _hash_of(opened, span[1] - span[0])
+
     with open(path, "rb") as opened:
-        ranges = _ranges_in(opened, path.stat().st_size)
-    if ranges is None:
+        head, spans = _read_header(opened, path.stat().st_size)
+    if spans is None:
         return None
     with ThreadPoolExecutor(_threads()) as threads:
-        return _combined(threads.map(lambda span: _hash_of(path, *span), ranges))
+        return _combined([hashlib.sha256(head).digest(), *threads.map(of, spans)])
 
 
 def digest_of_stream(opened, size: int) -> str | None:
     """As `digest_of`, of an open binary file that is read once, from front to back."""
-    head = opened.read(8)
-    text = opened.read(min(int.from_bytes(head, "little"), size))
-    spans = _spans(head, text, size)
+    head, spans = _read_header(opened, size)
     if spans is None:
         return None
-    hashes = [hashlib.sha256(head + text).digest()]
-    for start, stop in spans[1:]:
-        found = hashlib.sha256()
-        while start < stop:
-            piece = opened.read(min(PIECE, stop - start))
-            if not piece:
-                return None
-            found.update(piece)
-            start += len(piece)
-        hashes.append(found.digest())
-    return _combined(hashes)
+    return _combined([hashlib.sha256(head).digest(), *(_hash_of(opened, stop - start) for start, stop in spans)])
 
 
 @contextlib.contextmanager
@@ -114,31 +107,26 @@ def _named(path: Path) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, str(path)) from None
 
 
-def _ranges_in(opened, size: int) -> list[tuple[int, int]] | None:
+def _read_header(opened, size: int) -> tuple[bytes, list[tuple[int, int]] | None]:
+    """The header, and the first byte and the one after the last of every tensor, in order; None unless they fill a file of this size."""
     head = opened.read(8)
-    return _spans(head, opened.read(min(int.from_bytes(head, "little"), size)), size)
-
-
-def _spans(head: bytes, text: bytes, size: int) -> list[tuple[int, int]] | None:
-    """First and last byte of the header and of each tensor; None unless they fill the file."""
-    start = 8 + len(text)
+    head += opened.read(min(int.from_bytes(head, "little"), size))
     try:
-        told = json.loads(text)
+        told = json.loads(head[8:])
         told.pop("__metadata__", None)
-        spans = [(0, start)] + sorted((start + first, start + last) for first, last in (entry["data_offsets"] for entry in told.values()))
+        spans = sorted((len(head) + first, len(head) + last) for first, last in (entry["data_offsets"] for entry in told.values()))
     except (ValueError, KeyError, TypeError, AttributeError):
-        return None
-    whole = len(head) == 8 and all(before[1] == after[0] for before, after in zip(spans, spans[1:])) and spans[-1][1] == size
-    return spans if whole else None
+        return head, None
+    ends = [len(head), *(stop for _, stop in spans)]
+    return head, spans if [start for start, _ in spans] == ends[:-1] and ends[-1] == size else None
 
 
-def _hash_of(path: Path, start: int, stop: int) -> bytes:
+def _hash_of(opened, count: int) -> bytes:
+    """Of the next bytes of a file."""
     found = hashlib.sha256()
-    with open(path, "rb") as opened:
-        opened.seek(start)
-        while start < stop and (piece := opened.read(min(PIECE, stop - start))):
-            found.update(piece)
-            start += len(piece)
+    while count and (piece := opened.read(min(PIECE, count))):
+        found.update(piece)
+        count -= len(piece)
     return found.digest()
 
 

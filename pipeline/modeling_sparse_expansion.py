@@ -31,10 +31,11 @@ SUMS = "SHA256SUMS"  # of a saved model's files, as sha256sum writes and checks 
 UNSUMMED = (SUMS, "README.md", ".gitattributes")  # written or changed later
 
 
-def write_sums(directory: Path) -> None:
-    """Write the hashes of a saved model's files beside them."""
+def write_sums(directory: Path) -> dict[str, str]:
+    """Write the hashes of a saved model's files beside them, and return them."""
     hashes = _sums([file for file in sorted(directory.iterdir()) if file.is_file() and file.name not in UNSUMMED])
     (directory / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in hashes.items()))
+    return hashes
 
 
 def check_sums(directory: Path) -> None:

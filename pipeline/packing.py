@@ -16,7 +16,11 @@ BITS = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8)
 
 def forms_of(job: Job, linears: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Form | None]:
     """How a job's experts are stored, by path. linears: weights (R, C), with or without their values."""
-    return {path: choose_form(job.pattern, job.bits if job.quantize else 0, job.group_size, job.num_clusters, *weight.shape, dtype) for path, weight in linears.items()}
+    return {path: _form_of(job, *weight.shape, dtype) for path, weight in linears.items()}
+
+
+def _form_of(job: Job, rows: int, columns: int, dtype: torch.dtype) -> Form | None:
+    return choose_form(job.pattern, job.bits if job.quantize else 0, job.group_size, job.num_clusters, rows, columns, dtype)
 
 
 def choose_form(pattern: Pattern, bits: int, width: int | None, experts: int, rows: int, columns: int, dtype: torch.dtype) -> Form | None:
@@ -37,7 +41,7 @@ def choose_form(pattern: Pattern, bits: int, width: int | None, experts: int, ro
 
 def bytes_of_form(job: Job, rows: int, columns: int, dtype: torch.dtype) -> int:
     """About what a job's experts of a linear take, packed."""
-    form = choose_form(job.pattern, job.bits if job.quantize else 0, job.group_size, job.num_clusters, rows, columns, dtype)
+    form = _form_of(job, rows, columns, dtype)
     if form is None:
         return job.num_clusters * rows * columns * dtype.itemsize
     kept = (1 - job.pattern.fraction) * job.num_clusters * rows * columns  # with a mask
@@ -144,5 +148,3 @@ def _choices(form: Form, kept_RC: Tensor) -> tuple[Tensor, Tensor]:
 
 def _as_integers(weight: Tensor) -> Tensor:
     return weight.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[weight.dtype.itemsize])
-
-

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from pipeline.errors import UserError
 from pipeline.model_config import is_expanded, read_config
-from pipeline.modeling_sparse_expansion import SparseExpansionForCausalLM
+from pipeline.modeling_sparse_expansion import SparseExpansionConfig, SparseExpansionForCausalLM, check_sums
 
 
 @dataclass
@@ -20,6 +20,22 @@ class Loaded:
     def ids(self, text: str) -> torch.Tensor:
         """Token ids (1, L)."""
         return self.tokenizer(text, return_tensors="pt").input_ids.to(self.model.device)
+
+
+def saved_config(directory: Path) -> SparseExpansionConfig:
+    """Raises UserError if the directory holds no model that run has saved."""
+    config = read_config(directory)
+    if not is_expanded(config):
+        raise UserError(f"{directory} holds a dense model; allowed is one that run has saved.")
+    return config
+
+
+def demand_whole(directory: Path) -> None:
+    """Raises UserError if a file of a saved model is not what was saved."""
+    try:
+        check_sums(directory)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 def load(directory: Path) -> Loaded:

@@ -29,7 +29,7 @@ class Checkpoint:
             missing = sorted({str(file) for file in self._file_of.values() if not file.is_file()})
             if missing:
                 raise UserError(f"{index} names {missing[0]}, which is missing.")
-            for file in sorted(set(self._file_of.values())):
+            for file in self.files:
                 self._names(file)
         else:
             file = self.directory / "model.safetensors"
@@ -37,6 +37,10 @@ class Checkpoint:
                 raise UserError(f"--model {directory} holds no safetensors (model.safetensors or model.safetensors.index.json); "
                                 "save it with save_pretrained of transformers, which writes them.")
             self._file_of = {name: file for name in self._names(file)}
+
+    @property
+    def files(self) -> list[Path]:
+        return sorted(set(self._file_of.values()))
 
     def _names(self, file: Path) -> list[str]:
         try:
@@ -73,7 +77,7 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """SHA-256 over the configuration and, of every file, its size and header: cheap, and another model differs."""
         digest = hashlib.sha256((self.directory / "config.json").read_bytes())
-        for file in sorted(set(self._file_of.values())):
+        for file in self.files:
             with open(file, "rb") as opened:
                 header = int.from_bytes(opened.read(8), "little")
                 digest.update(file.stat().st_size.to_bytes(8, "little") + opened.read(header))
@@ -93,3 +97,25 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+
+
+class CheckpointWriter:
+    """A model directory's safetensors, file by file, and their index. files: how many there will be. total: bytes of the tensors so far."""
+
+    def __init__(self, directory: Path, files: int):
+        self.total = 0
+        self._directory, self._files = directory, files
+        self._file_of: dict[str, str] = {}
+        self._number = 0
+
+    def write(self, tensors: dict[str, Tensor]) -> None:
+        """The next file."""
+        self._number += 1
+        name = f"model-{self._number:05d}-of-{self._files:05d}.safetensors"
+        save_tensors(tensors, self._directory / name, {"format": "pt"})
+        self._file_of.update(dict.fromkeys(tensors, name))
+        self.total += sum(tensor.nbytes for tensor in tensors.values())
+
+    def finish(self) -> None:
+        index = {"metadata": {"total_size": self.total}, "weight_map": self._file_of}
+        (self._directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")

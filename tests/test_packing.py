@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.packed_experts import check, digits_in_a_word, unpack
-from pipeline.packing import choose_form, minimum_bytes, pack
+from pipeline.packing import choose_form, joined, minimum_bytes, pack
 from pipeline.pattern import Pattern
 from pipeline.solver.quantizer import find_grid
 from tests.packed import random_experts, read_plainly
@@ -54,14 +54,12 @@ def test_a_negative_zero_and_empty_experts_come_back():
     form = choose_form(Pattern.parse("0.5"), 0, None, 2, 2, 8, torch.float32)
     weight_RC = torch.zeros(2, 8)
     weight_RC[1, 3] = -0.0
-    from pipeline.packing import joined
     parts = joined(form, [pack(form, weight_RC, None), pack(form, torch.zeros(2, 8), None)], {})
     check(form, parts, "linear")
     assert torch.equal(unpack(form, parts, 0).view(torch.int32), weight_RC.view(torch.int32)) and not unpack(form, parts, 1).any()
 
 
 def test_values_have_gradients():
-    form, parts, weight_ERC = random_experts(2, 5, 16, "2:4")
     for form, parts, _ in (random_experts(2, 5, 16, "2:4"), random_experts(2, 5, 16, "0.5")):
         parts["values"].requires_grad_(True)
         unpack(form, parts, 1).square().sum().backward()
